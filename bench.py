@@ -1,0 +1,217 @@
+"""bench.py: how fast is it here? Speeds at the paper's sizes, beside what the machine can do.
+
+    python bench.py                          a table
+    python bench.py --json results/bench.json
+    python bench.py --only ad-darkroom-train --threads 1
+
+in : nothing        out: one object a measurement: name, tokens_per_s | seconds, ceiling_share, peak_gb, threads, torch
+`ceiling_share` is the share of the machine's own float32 matrix-product rate, measured in the same process,
+that the products of the step (attention's causal half included, nothing else counted) amount to. Every
+measurement runs in a process of its own, so `peak_gb` is its peak, interpreter and libraries included.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from collect import write_atomically
+from config import Config, preset_values
+from data import ADBatch, DPTBatch, Prompt
+from evaluate import ADPolicy, play
+from models import T2MIR, ModelConfig
+from moe import Experts
+from router import Routing, eq1_top_k_gate
+from train import imitation_loss, make_optimizer
+
+# the batches that published timings of the official code used on a machine of two cores
+BATCH = {"ad": 8, "dpt": 32}
+
+
+def timed(work, repeats: int = 5, warm: int = 2) -> float:
+    """Median seconds of a call."""
+    for _ in range(warm):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def ceiling() -> float:
+    """The machine's float32 matrix-product rate in FLOP/s."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return 2 * 2048**3 / timed(lambda: a @ b, 7)
+
+
+def step_flops(cfg: ModelConfig, batch: int, tokens: int, read: int) -> float:
+    """Products of one training step (forward, and twice that backward); `read` tokens pass the top block's end."""
+    d, attention = cfg.width, 4 * cfg.width**2 + tokens * cfg.width  # projections; q k^T and p v, causal half
+    plain = 2 * d * cfg.ff
+    out = d // 2 if cfg.moe == "both" else d
+    experts = 0
+    if cfg.moe in ("both", "token"):
+        experts += cfg.top_k * cfg.token_hidden // cfg.token_experts * (d + out)
+    if cfg.moe in ("both", "task"):
+        experts += cfg.top_k * cfg.task_hidden // cfg.task_experts * (d + out)
+    if cfg.moe == "none":
+        experts = 3 * d * cfg.ff
+    products = tokens * (cfg.layers * attention + (cfg.layers - 1) * plain) + read * experts
+    return 2.0 * 3 * batch * products
+
+
+def paper(backbone: str, **changes) -> Config:
+    return Config(backbone=backbone, preset="paper", **{**preset_values("paper", "darkroom", backbone), **changes})
+
+
+def random_batch(cfg: Config, batch: int) -> ADBatch | DPTBatch:
+    n = cfg.prompt_length
+    prompt = Prompt(
+        torch.randint(10, (batch, n, 2)), torch.randint(5, (batch, n)), (torch.rand(batch, n) < 0.3).float()
+    )
+    task = torch.arange(batch // 2).repeat_interleave(2)
+    if cfg.backbone == "ad":
+        return ADBatch(prompt, task)
+    return DPTBatch(
+        prompt, task, torch.randint(10, (batch, 1, 2)), torch.randint(5, (batch, 1)), torch.full((batch, 1), n)
+    )
+
+
+def train_step(backbone: str, **changes) -> dict:
+    """One optimiser step as train.py does it."""
+    cfg = paper(backbone, **changes)
+    model = T2MIR(cfg.model())
+    optimizer, batch = make_optimizer(model, cfg), random_batch(cfg, BATCH[backbone])
+
+    def step() -> None:
+        output = model(batch)
+        loss = imitation_loss(output, batch, True) + output.balance + cfg.w_contrastive * output.contrastive
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        model.update_key_router(cfg.momentum)
+
+    seconds = timed(step)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the ceiling's matrices
+    tokens = 3 * cfg.prompt_length + (backbone == "dpt")
+    read = cfg.prompt_length + (backbone == "dpt")
+    share = step_flops(cfg.model(), BATCH[backbone], tokens, read) / seconds / ceiling()
+    return {"tokens_per_s": BATCH[backbone] * tokens / seconds, "ceiling_share": share, "peak_gb": peak}
+
+
+def evaluation_episode() -> dict:
+    """Algorithm 2 at paper size: 20 tasks, an episode of 100 steps behind a history of 4."""
+    cfg = paper("ad", routing="prefix")
+    policy = ADPolicy(T2MIR(cfg.model()), keep=4)
+    tasks = [[i % 10, i // 2] for i in range(20)]
+    play("darkroom", tasks, policy, 5)  # fills the history; the fifth episode already has four behind it
+    history = [Prompt(torch.randint(10, (20, 100, 2)), torch.randint(5, (20, 100)), torch.zeros(20, 100))]
+
+    def episode() -> None:
+        with torch.inference_mode():
+            policy.begin(history, 20)
+            states = torch.zeros(20, 2, dtype=torch.int64)
+            for _ in range(100):
+                policy.observe(states, policy.act(states), torch.zeros(20))
+
+    return {"seconds": timed(episode, 3, 1), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+# -------------------------------------------------------- how tokens reach experts: the candidates for moe.py
+def by_dense(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Every expert on every token, weighted by the gates."""
+    hidden = F.gelu(torch.einsum("nd,kdf->knf", x, experts.w1) + experts.b1[:, None])
+    y = torch.einsum("knf,kfo->nko", hidden, experts.w2) + experts.b2
+    gates = x.new_zeros(len(x), len(experts.w1)).scatter(1, routing.index, routing.weight)
+    return (gates[..., None] * y).sum(1)
+
+
+def by_mask(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """A loop over experts, each looking for its own tokens: the obvious way."""
+    y = x.new_zeros(len(x), experts.w2.shape[-1])
+    for i in range(len(experts.w1)):
+        token, slot = torch.where(routing.index == i)
+        y = y.index_add(0, token, experts.one(i, x[token]) * routing.weight[token, slot, None])
+    return y
+
+
+def by_grouped(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """torch's grouped matrix product over tokens sorted by expert."""
+    k, chosen = routing.index.shape[1], routing.index.flatten()
+    order = chosen.argsort(stable=True)
+    ends = torch.bincount(chosen, minlength=len(experts.w1)).cumsum(0).int()
+    expert, token = chosen[order], order // k
+    hidden = F.gelu(F.grouped_mm(x[token], experts.w1, offs=ends) + experts.b1[expert])
+    y = (F.grouped_mm(hidden, experts.w2, offs=ends) + experts.b2[expert]) * routing.weight.flatten()[order, None]
+    return y.new_zeros(len(x), y.shape[-1]).index_add(0, token, y)
+
+
+def dispatch(way: str) -> dict:
+    """Forward and backward of the token-wise MoE of DarkRoom-AD at its 3200 state tokens."""
+    torch.manual_seed(0)
+    experts, x = Experts(6, 64, 128, 32), torch.randn(3200, 64, requires_grad=True)
+    routing = eq1_top_k_gate(torch.randn(3200, 6), 2)
+    call = {"sorted": Experts.tokens, "dense": by_dense, "mask": by_mask, "grouped": by_grouped}[way]
+    torch.testing.assert_close(call(experts, x, routing), Experts.tokens(experts, x, routing))
+    return {"seconds": timed(lambda: call(experts, x, routing).sum().backward(), 20, 5)}
+
+
+MEASUREMENTS = {
+    "ad-darkroom-train": lambda: train_step("ad"),
+    "ad-darkroom-train-prefix": lambda: train_step("ad", routing="prefix"),
+    "ad-darkroom-train-none": lambda: train_step("ad", moe="none"),
+    "dpt-darkroom-train": lambda: train_step("dpt"),
+    "dpt-darkroom-train-none": lambda: train_step("dpt", moe="none"),
+    "ad-darkroom-eval-episode": evaluation_episode,
+    **{f"dispatch-{way}": (lambda way=way: dispatch(way)) for way in ("sorted", "dense", "mask", "grouped")},
+}
+
+
+def measure(job: tuple[str, int]) -> dict:
+    name, threads = job
+    torch.set_num_threads(threads)
+    found = MEASUREMENTS[name]()
+    return {"name": name, **found, "threads": threads, "torch": torch.__version__}
+
+
+def main(
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None, only: str | None = None, threads: int = 0
+) -> None:
+    """Measure and print.
+
+    Args:
+        json_file: also write the measurements to this file.
+        only: the name of one measurement.
+        threads: CPU threads; 0: all cores.
+    """
+    if only is not None and only not in MEASUREMENTS:
+        raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(MEASUREMENTS)}")
+    found = []
+    for name in [only] if only else MEASUREMENTS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(measure, ((name, threads or os.cpu_count() or 1),)))
+        values = [f"{k} {v:.4g}" for k, v in found[-1].items() if isinstance(v, float)]
+        print(f"{name:<28}" + "   ".join(values), flush=True)
+    if json_file:
+        rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in found]
+        write_atomically(Path(json_file), lambda path: path.write_text(json.dumps(rounded, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,249 @@
+"""collect.py: offline datasets (paper App. D.2, Algorithm 3 lines 1-6).
+
+in : environment, quality, recipe, seed         out: a dataset folder that data.py reads
+Read after envs.py, before data.py.             Try: python collect.py --env darkroom
+
+DarkRoom's expert walks along x, then y, then stays. In episode i of a task it acts at random with
+probability eps_i, which falls from 1 to 0 ("progressively reducing the noise"). Qualities:
+
+    mixed          every eps from 1 to 0                              queries labelled by eps = 0
+    medium-expert  those eps whose exact expected return is < 80 %    ... by the 80 % expert
+    medium         those < 50 % of the expert's                       ... by the 50 % expert
+
+Differs from the paper (a switch): `--recipe noise` is the paper's data. A prompt rolled out by a task's
+own noisy expert gives the goal away through its *actions*, which a policy's own rollouts never do; a
+DPT that reads them learns nothing of rewards. `--recipe explore` adds what Sec. 3.1 allows, "arbitrary
+behaviour policies": 40 % walks towards a fresh random goal at every step, 40 % noisy experts of other
+goals, 20 % this task's nearly noiseless expert; rewards are always this task's. Rewarded prompts that
+merely pass the goal decide at test time and are rare, so 60 % of the first two kinds are chosen to cross
+it. That choice does not bias a prompt without rewards: there the goal stays uniform over all cells that
+were not visited.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data import FORMAT, file_hash, load_part, part_name, read_meta
+from envs import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return, get_spec, split_tasks
+
+Quality = Literal["mixed", "medium-expert", "medium"]
+LEVEL = {"mixed": 1.0, "medium-expert": 0.8, "medium": 0.5}  # share of the expert's return
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Collect one dataset; the same settings give the same bytes, and a stopped run continues."""
+
+    env: str = "darkroom"
+    """Task family."""
+    quality: Quality = "mixed"
+    """App. D.2: which stages of the expert's training make the data."""
+    recipe: Literal["noise", "explore"] = "noise"
+    """noise: the task's own expert with falling noise (paper). explore: behaviour independent of the goal."""
+    episodes: int = 200
+    """Episodes of each training task."""
+    queries: int = 1000
+    """Labelled query states of each task (DPT)."""
+    task_seed: int = 0
+    """Seed of the train/test split."""
+    seed: int = 0
+    """Seed of everything random in the data."""
+    tasks: str | None = None
+    """JSON file {"train": [...], "test": [...]} instead of the seeded split."""
+    folder: str = "datasets"
+    """Where dataset folders are kept."""
+
+
+def dataset_folder(cfg: CollectConfig) -> Path:
+    """One folder for each setting that changes the bytes."""
+    name = f"{cfg.env}-{cfg.quality}-{cfg.recipe}-e{cfg.episodes}-q{cfg.queries}-t{cfg.task_seed}-s{cfg.seed}"
+    return Path(cfg.folder) / (name + (f"-{Path(cfg.tasks).stem}" if cfg.tasks else ""))
+
+
+# ---------------------------------------------------------------------------------------- behaviours
+def noise_levels(goal, quality: Quality, episodes: int) -> np.ndarray:
+    """eps of each episode (E,): 1 falling linearly to that of the quality's level over the first 90 %."""
+    lowest = 0.0
+    if quality != "mixed":
+        grid = np.linspace(0, 1, 101)
+        curve = darkroom_noisy_return([goal], grid)[0]
+        lowest = grid[curve < LEVEL[quality] * curve[0]].min()  # the first level below the threshold
+    return np.linspace(1, lowest, max(1, round(0.9 * episodes))).take(np.arange(episodes), mode="clip")
+
+
+def label_noise(goal, quality: Quality) -> float:
+    """eps of the expert that labels queries: the one at 100, 80 or 50 % performance (App. D.2)."""
+    return float(noise_levels(goal, quality, 2)[-1])
+
+
+def walk(first_goals: np.ndarray, eps: np.ndarray, horizon: int, rng: np.random.Generator, redraw: bool = False):
+    """Roll out M noisy experts at once: states (M, T, 2), actions (M, T), cells after each move (M, T, 2).
+
+    `first_goals` (M, 2) and `eps` (M,); `redraw` gives every walker a fresh random goal at every step.
+    """
+    many = len(eps)
+    cells, goals = np.zeros((many, 2), np.int64), first_goals
+    states, actions = np.empty((many, horizon, 2), np.uint8), np.empty((many, horizon), np.uint8)
+    after = np.empty_like(states)
+    for t in range(horizon):
+        if redraw:
+            goals = rng.integers(SIDE, size=(many, 2))
+        act = np.where(rng.random(many) < eps, rng.integers(5, size=many), darkroom_expert(cells, goals))
+        states[:, t], actions[:, t] = cells, act
+        cells = darkroom_move(cells, act)
+        after[:, t] = cells
+    return states, actions, after
+
+
+@dataclass
+class Walks:
+    """M rollouts that know no task, and which cells each of them entered."""
+
+    states: np.ndarray  # (M, T, 2) uint8
+    actions: np.ndarray  # (M, T) uint8
+    after: np.ndarray  # (M, T, 2) uint8, the cell that each step led to
+    entered: np.ndarray  # (M, 100) bool
+
+    @classmethod
+    def of(cls, states, actions, after) -> Walks:
+        entered = np.zeros((len(states), SIDE**2), bool)
+        entered[np.arange(len(states))[:, None], after.astype(np.int64) @ [SIDE, 1]] = True
+        return cls(states, actions, after, entered)
+
+
+def explore_pool(train_tasks, horizon: int, rng: np.random.Generator, size: int = 20000) -> Walks:
+    """Two kinds of them, M = `size` each: towards a fresh random goal at every step; then noisy experts of
+    random training goals.
+    """
+    goals = np.asarray(train_tasks)[rng.integers(len(train_tasks), size=size)]
+    redrawn = walk(goals, np.zeros(size), horizon, rng, redraw=True)
+    noisy = walk(goals, rng.random(size), horizon, rng)
+    return Walks.of(*(np.concatenate(pair) for pair in zip(redrawn, noisy, strict=True)))
+
+
+def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float = 0.6) -> np.ndarray:
+    """Indices (2 * count,) of `count` walks of each kind; a share `crossing` is drawn from those that enter the goal.
+
+    A kind that never entered it (the first one, for far corners) borrows from the other.
+    """
+    size = len(pool.states) // 2
+    hits = np.flatnonzero(pool.entered[:, int(np.asarray(goal) @ [SIDE, 1])])
+    chosen = []
+    for kind in range(2):
+        own = hits[hits // size == kind]
+        own = own if len(own) else hits
+        pick = kind * size + rng.integers(size, size=count)
+        if len(own):
+            pick = np.where(rng.random(count) < crossing, own[rng.integers(len(own), size=count)], pick)
+        chosen.append(pick)
+    return np.concatenate(chosen)
+
+
+def collect_darkroom_task(cfg: CollectConfig, index: int, goal, pool: Walks | None) -> dict[str, np.ndarray]:
+    """The arrays of one training task; its random stream depends on the seed and the task alone."""
+    spec = get_spec(cfg.env)
+    rng = np.random.default_rng([cfg.seed, 1, index])
+    goal = np.asarray(goal)
+    own = noise_levels(goal, cfg.quality, cfg.episodes)
+    if cfg.recipe == "explore":
+        free = int(0.4 * cfg.episodes)
+        best = own.min() + 0.1 * rng.random(cfg.episodes - 2 * free)  # nearly noiseless for the quality
+        expert = walk(np.broadcast_to(goal, (len(best), 2)), best, spec.horizon, rng)
+        pick = choose_walks(pool, goal, free, rng)
+        walks = (pool.states[pick], pool.actions[pick], pool.after[pick])
+        states, actions, after = (np.concatenate(pair) for pair in zip(walks, expert, strict=True))
+        mixed = rng.permutation(cfg.episodes)
+        states, actions, after = states[mixed], actions[mixed], after[mixed]
+        queries = rng.integers(SIDE, size=(cfg.queries, 2))  # anywhere in the room
+    else:
+        states, actions, after = walk(np.broadcast_to(goal, (cfg.episodes, 2)), own, spec.horizon, rng)
+        visited = states.reshape(-1, 2)
+        queries = visited[rng.integers(len(visited), size=cfg.queries)].astype(np.int64)
+    noisy = rng.random(cfg.queries) < label_noise(goal, cfg.quality)
+    labels = np.where(noisy, rng.integers(5, size=cfg.queries), darkroom_expert(queries, goal))
+    return {
+        "states": states,
+        "actions": actions,
+        "rewards": (after == goal).all(-1).astype(np.float32),
+        "query_states": queries.astype(np.uint8),
+        "query_actions": labels.astype(np.uint8),
+    }
+
+
+# -------------------------------------------------------------------------------------- the pipeline
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
+    """Write the dataset folder of `cfg`, or finish one that was stopped. Returns the folder.
+
+    Parts that exist are kept as they are if they are whole. Raises ValueError with one line for bad settings.
+    """
+    spec = get_spec(cfg.env)
+    if cfg.episodes < 5 or cfg.queries < 1:
+        raise ValueError("--episodes must be at least 5 and --queries at least 1")
+    train, test = split_tasks(cfg.env, cfg.task_seed, cfg.tasks)
+    folder = dataset_folder(cfg)
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("folder", "tasks")}
+    meta = {
+        "format": FORMAT,
+        **settings,
+        "horizon": spec.horizon,
+        "train_tasks": train,
+        "test_tasks": test,
+        "sha256": [],
+    }
+    if (folder / "meta.json").exists():
+        old = read_meta(folder)
+        if {**old, "sha256": []} != meta:
+            raise ValueError(f"{folder} holds a dataset of other settings or tasks; use another --folder or remove it")
+        meta["sha256"] = old["sha256"]
+        missing = [i for i in range(len(train)) if not (folder / part_name(i)).exists()]
+        if not missing:
+            return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = explore_pool(train, spec.horizon, np.random.default_rng([cfg.seed, 0])) if cfg.recipe == "explore" else None
+    hashes, returns = [], []
+    for index, goal in enumerate(tqdm(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
+        path = folder / part_name(index)
+        if not path.exists():
+            save_part(path, collect_darkroom_task(cfg, index, goal, pool))
+        hashes.append(file_hash(path))
+        try:
+            returns.append(load_part(folder, index, {**meta, "sha256": hashes}, spec)["rewards"].sum(-1))
+        except Exception as error:  # a part of a stopped run that is not one: name it, touch nothing
+            raise ValueError(f"{path} is not a whole part ({error}); delete it and run the same command") from None
+    meta["sha256"] = hashes
+    write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+    if not quiet:
+        print(f"{folder}: {len(train)} tasks x {cfg.episodes} episodes, return {np.mean(returns):.1f} on average")
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        collect(tyro.cli(CollectConfig))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,46 @@
+"""Fixtures shared by the tests: two tiny DarkRoom datasets (8 training and 4 held-out goals)."""
+
+import json
+
+import pytest
+
+from collect import CollectConfig, collect
+from data import load_dataset
+
+TRAIN = [[0, 0], [9, 9], [0, 5], [3, 4], [7, 2], [5, 5], [1, 8], [9, 0]]
+TEST = [[2, 2], [8, 6], [4, 0], [0, 9]]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+    """Settings of the tiny dataset of the recipe `noise`; tests change them with dataclasses.replace."""
+    folder = tmp_path_factory.mktemp("datasets")
+    goals = folder / "goals.json"
+    goals.write_text(json.dumps({"train": TRAIN, "test": TEST}))
+    return CollectConfig(episodes=10, queries=50, tasks=str(goals), folder=str(folder))
+
+
+@pytest.fixture(scope="session")
+def noise_folder(tiny_config):
+    """Tests only read it; those that damage a dataset copy it first."""
+    return collect(tiny_config, quiet=True)
+
+
+@pytest.fixture(scope="session")
+def explore_config(tiny_config):
+    return CollectConfig(**{**vars(tiny_config), "recipe": "explore"})
+
+
+@pytest.fixture(scope="session")
+def explore_folder(explore_config):
+    return collect(explore_config, quiet=True)
+
+
+@pytest.fixture(scope="session")
+def noise_data(noise_folder):
+    return load_dataset(noise_folder)
+
+
+@pytest.fixture(scope="session")
+def explore_data(explore_folder):
+    return load_dataset(explore_folder)
