@@ -9,7 +9,7 @@ uninterrupted one bit for bit. evaluate.py reads its weights alone.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class State:
     state_std: Tensor
     step: int = 0
     seconds: float = 0.0  # of training so far, over all its parts
+    sums: dict[str, float] = field(default_factory=dict)  # logged terms since the last row of train.csv
 
 
 def write_config(folder: Path, cfg: Config, tasks: dict[str, list]) -> None:
@@ -86,7 +87,7 @@ def save(folder: Path, state: State) -> None:
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors |= {"states.mean": state.state_mean, "states.std": state.state_std}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    about = {"t2mir": FORMAT, "step": str(state.step), "seconds": repr(state.seconds)}
+    about = {"t2mir": FORMAT, "step": str(state.step), "seconds": repr(state.seconds), "sums": json.dumps(state.sums)}
     write_atomically(folder / FILE, lambda path: save_file(tensors, path, metadata=about))
 
 
@@ -131,6 +132,7 @@ def load(folder: str | Path, state: State) -> None:
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     state.step, state.seconds = int(about["step"]), float(about["seconds"])
+    state.sums = json.loads(about["sums"])
 
 
 def load_model(folder: str | Path, device) -> tuple[T2MIR, Config, dict[str, str], tuple[Tensor, Tensor]]:

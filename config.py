@@ -48,6 +48,8 @@ class Config:
     """DPT: where the query stands; first is the paper's, last lets the prompt be cached."""
     token_shift: bool = False
     """Add the previous token's embedding to each (not in the paper)."""
+    task_center: bool = False
+    """Centre and scale h_bar by running statistics before the task router (not in the paper)."""
     token_experts: int = 6
     """K_1 (Tables 4, 5)."""
     task_experts: int = 8
@@ -84,7 +86,7 @@ class Config:
     """Episodes of each training task."""
     data_queries: int = 1000
     """Labelled query states of each task (DPT)."""
-    task_seed: int = 0
+    task_seed: int = 56
     """Seed of the train/test split."""
     data_seed: int = 0
     """Seed of the dataset."""
@@ -228,14 +230,16 @@ PAPER = {
 CPU = {
     ("darkroom", "ad"): dict(
         layers=3, heads=4, task_experts=8, task_hidden=1024, token_shift=True, routing="prefix",
-        steps=1500, batch=8, warmup=100, lr=2e-3, beta2=0.98, episodes=40, history=3,
-        checkpoint_every=100, log_every=25, eval_every=300,
+        task_center=True, w_contrastive=0.1,
+        steps=2000, batch=8, warmup=100, lr=2e-3, beta2=0.98, episodes=40, history=3,
+        checkpoint_every=100, log_every=25, eval_every=400,
     ),
     ("darkroom", "dpt"): dict(
         heads=4, width=64, ff=256, token_hidden=768, task_hidden=1024, dropout=0.0, token_shift=True, routing="prefix",
-        query_position="last", queries=32, short=0.3, empty=0.1, recipe="explore", data_episodes=400,
-        steps=1600, warmup=100, lr=2e-3, beta2=0.98, w_contrastive=0.1, episodes=40,
-        checkpoint_every=100, log_every=25, eval_every=300,
+        query_position="last", recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, short=0.2,
+        empty=0.1, task_center=True, w_contrastive=0.1, w_importance=0.1, w_load=0.1,
+        steps=2400, warmup=100, lr=2e-3, beta2=0.98,
+        episodes=40, checkpoint_every=100, log_every=25, eval_every=400,
     ),
 }  # fmt: skip
 

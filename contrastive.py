@@ -3,7 +3,8 @@
 in : h_bar (B, D) mean hidden state of each trajectory, task id (B,)   out: z (B, K), InfoNCE loss
 Read after router.py.        Try: python contrastive.py   (Theorem 1 in exact numbers)
 
-Differs from the paper: nothing.  Differs from the official code: Eq. 7 sums over *all* positives of a
+Differs from the paper: nothing by default (`center` is a switch).
+Differs from the official code: Eq. 7 sums over *all* positives of a
 query; there only one counts, and other draws of the same task would count as negatives.
 """
 
@@ -53,28 +54,59 @@ class TaskRouter(nn.Module):
     """Query router G_q (trained), key router G_k (Eq. 8, never trained) and the W of Eq. 7.
 
     `z` of Sec. 4.2 is the router's logits. The key router reads the same h_bar without gradient.
+
+    `center`: mean hidden states of different trajectories are nearly the same vector, so that their logits,
+    and with them the kept experts, are nearly the same for every task. With it h_bar is centred and scaled by
+    running statistics over the trajectories of the training batches; without it (the paper says nothing of
+    it) h_bar is read as it is.
     """
 
-    def __init__(self, width: int, experts: int):
+    def __init__(self, width: int, experts: int, center: bool = False):
         super().__init__()
         self.query = Router(width, experts)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        self.w = nn.Parameter(torch.randn(experts, experts))
+        # The paper gives no initial W. Starting from the mean product of z's numbers, similar is similar from the
+        # first step; a random W of unit scale makes the loss tens of nats and its gradient drown all others.
+        self.w = nn.Parameter(torch.eye(experts) / experts)
+        self.center = center
+        if center:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("variance", torch.ones(()))
+            self.register_buffer("batches", torch.zeros(()))
+
+    def normal(self, h_bar: Tensor) -> Tensor:
+        if not self.center:
+            return h_bar
+        return (h_bar.float() - self.mean) * (self.variance + 1e-6).rsqrt()
 
     def forward(self, h_bar: Tensor) -> Tensor:
         """h_bar (..., D) -> logits (..., K) for the gate of Eq. 4."""
-        return self.query(h_bar)
+        return self.query(self.normal(h_bar))
 
     def contrast(self, h_bar: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, accuracy) of Eq. 7 over the batch: h_bar (B, D), or h (B, S, D) of every token, whose logits
         are then averaged (the official code's form, `routing=token`).
         """
+        seen = self.normal(h_bar)
         with torch.no_grad():
-            key = self.key(h_bar)
-        query = self.query(h_bar)
+            key = self.key(seen)
+        query = self.query(seen)
         if h_bar.dim() == 3:
             query, key = query.mean(1), key.mean(1)
+        if self.training and self.center:
+            self.observe(h_bar)
         return eq7_info_nce(gather(query), gather(key), self.w, gather(task))
+
+    @torch.no_grad()
+    def observe(self, h_bar: Tensor) -> None:
+        """Running mean of each channel and one variance for all, over the last 10 batches or so: early in
+        training h_bar drifts much faster than it varies.
+        """
+        h = gather(h_bar.detach().float().flatten(0, -2))
+        self.batches += 1
+        rate = (1 / self.batches).clamp_min(0.1)
+        self.variance.lerp_((h - h.mean(0)).square().mean(), rate)
+        self.mean.lerp_(h.mean(0), rate)
 
     def update_key(self, beta: float) -> None:
         eq8_momentum_update(self.key, self.query, beta)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -133,8 +134,11 @@ def load_part(folder: Path, task: int, meta: dict, spec: EnvSpec) -> dict[str, n
         raise ValueError(f"{path} is missing; run collect.py with the same settings to redo it alone")
     if file_hash(path) != meta["sha256"][task]:
         raise ValueError(f"{path} is damaged (its checksum differs from meta.json); {again}")
-    with np.load(path, allow_pickle=False) as file:
-        part = {name: file[name] for name in ARRAYS}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            part = {name: file[name] for name in ARRAYS}
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole part ({str(error).splitlines()[0]}); {again}") from None
     episodes, steps, queries = meta["episodes"], spec.horizon, meta["queries"]
     tail = () if spec.discrete_actions else (spec.action_dim,)
     want = {
@@ -147,6 +151,9 @@ def load_part(folder: Path, task: int, meta: dict, spec: EnvSpec) -> dict[str, n
     for name, array in part.items():
         if array.shape != want[name]:
             raise ValueError(f"{path}: {name} has shape {array.shape}, not {want[name]}; {again}")
+        ids = (name.endswith("states") and spec.state_values) or (name.endswith("actions") and spec.discrete_actions)
+        if array.dtype.kind not in ("ui" if ids else "uif"):
+            raise ValueError(f"{path}: {name} has type {array.dtype}, not {'whole ' if ids else ''}numbers; {again}")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} holds values that are not finite; {again}")
         limits = None
@@ -165,8 +172,8 @@ def load_dataset(folder: str | Path, env: str | None = None) -> Dataset:
     meta = read_meta(folder)
     if env is not None and meta.get("env") != env:
         raise ValueError(f"{folder} holds data of '{meta.get('env')}', not of '{env}'")
-    spec = get_spec(meta["env"])
     try:
+        spec = get_spec(meta["env"])
         parts = [load_part(folder, i, meta, spec) for i in range(len(meta["train_tasks"]))]
     except (KeyError, IndexError) as error:
         raise ValueError(f"{folder}/meta.json lacks {error}; delete that folder to collect it anew") from None
@@ -250,8 +257,9 @@ def sample_dpt(
     """Algorithm 3, lines 8-16: a prompt of `episodes` trajectories, and `queries` labelled states that
     are drawn independently of it.
 
-    For queries that stand behind the prompt (`--query-position last`), a share `empty` sees none of it
-    (the first episode at test time) and a share `short` only a random number of its steps.
+    Queries that stand behind the prompt (`--query-position last`) need not see all of it: a share `empty`
+    sees nothing (the first episode at test time), a share `short` a random number of steps, and the others
+    1, 2, ... or all of its episodes, equally often.
     """
     task = draw_tasks(dataset, batch, draws, rng)
     prompt = gather_prompt(dataset, task, draw_episodes(dataset, len(task), episodes, rng))
@@ -259,8 +267,9 @@ def sample_dpt(
     pick = torch.randint(dataset.query_states.shape[1], size, generator=rng)
     actions = dataset.query_actions[task[:, None], pick]
     cut = torch.randint(steps + 1, size, generator=rng)
+    whole = dataset.spec.horizon * torch.randint(1, episodes + 1, size, generator=rng)
     kind = torch.rand(size, generator=rng)
-    visible = torch.where(kind < empty + short, cut, torch.full_like(cut, steps))
+    visible = torch.where(kind < empty + short, cut, whole)
     visible = torch.where(kind < empty, torch.zeros_like(cut), visible)
     return DPTBatch(
         prompt=prompt,

@@ -31,9 +31,15 @@ def modality_counts(out: Output, experts: int) -> Tensor:
     """
     counts = torch.zeros(3, experts)
     for modality in range(3):
-        chosen = out.token_expert[:, out.modality == modality]
+        chosen = out.token_expert[:, out.modality == modality, 0]
         counts[modality] = torch.bincount(chosen.flatten(), minlength=experts).cpu()
     return counts
+
+
+def least_share(kept: Tensor, experts: int) -> float:
+    """The least used expert's share of all kept choices; 1 / experts at best, 0 for a dead one."""
+    used = torch.bincount(kept.flatten(), minlength=experts)
+    return (used / used.sum()).min().item()
 
 
 def sample(dataset: Dataset, cfg, rows: int, draws: int, rng: torch.Generator):
@@ -61,10 +67,9 @@ def probe(model: T2MIR, dataset: Dataset, cfg, seed: int, device, rows: int = 64
     if out.token_expert is not None:
         counts = modality_counts(out, cfg.token_experts)
         found["token_mi"] = mutual_information(counts)
-        found["token_least"] = (counts.sum(0) / counts.sum()).min().item()
+        found["token_least"] = least_share(out.token_expert, cfg.token_experts)
     if out.task_expert is not None:
-        used = torch.bincount(out.task_expert.flatten(), minlength=cfg.task_experts)
-        found["task_least"] = (used / used.sum()).min().item()
+        found["task_least"] = least_share(out.task_expert, cfg.task_experts)
         found["contrastive_fresh"] = out.contrastive.item()
         found["accuracy_fresh"] = out.accuracy.item()
         found["chance"] = 1 / (len(batch.task) - 1)

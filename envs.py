@@ -205,9 +205,9 @@ def random_returns(env: str, tasks) -> np.ndarray:
 
 def check_tasks(env: str, tasks) -> list:
     """Tasks as lists of plain numbers; raises ValueError, naming the first that does not fit."""
+    get_spec(env)
     for task in tasks:
         DarkRoom(task)
-    get_spec(env)
     return [[int(v) for v in task] for task in tasks]
 
 
@@ -232,6 +232,9 @@ def split_tasks(env: str, seed: int = 0, file: str | Path | None = None) -> tupl
         raise ValueError(f'{file} must hold {{"train": [...], "test": [...]}} ({error!r})') from None
     if not train or not test:
         raise ValueError(f"{file} names no {'train' if not train else 'test'} tasks")
+    twice = [task for tasks in (train, test) for i, task in enumerate(tasks) if task in tasks[:i]]
+    if twice:
+        raise ValueError(f"{file} names {twice[0]} twice")
     both = [task for task in test if task in train]
     if both:
         raise ValueError(f"{file} holds out {both[0]}, which is also a training task")

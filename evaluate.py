@@ -458,3 +458,5 @@ if __name__ == "__main__":
         tyro.cli(main)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; nothing was written") from None

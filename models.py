@@ -57,6 +57,7 @@ class ModelConfig:
     routing: TaskRouting = "sequence"
     token_experts: int = 6  # K_1
     task_experts: int = 12  # K_2
+    task_center: bool = False  # centre h_bar before the task router
     top_k: int = 2  # k of both MoEs
     token_hidden: int = 768  # hidden units of all token experts together
     task_hidden: int = 1536
@@ -120,8 +121,8 @@ class Output:
     balance: Tensor  # () Eq. 3
     contrastive: Tensor  # () Eq. 7; 0 without a task-wise MoE or without positives in the batch
     accuracy: Tensor  # () share of queries whose best key is a positive
-    token_expert: Tensor | None  # (B, S)
-    task_expert: Tensor | None  # (B,) or (B, R)
+    token_expert: Tensor | None  # (B, S, k) kept experts, best first
+    task_expert: Tensor | None  # (B, k) or (B, R, k)
     modality: Tensor  # (S,) 0 state, 1 action, 2 reward, 3 query
 
 
@@ -218,7 +219,7 @@ class Block(nn.Module):
         if self.is_moe:
             token = (cfg.token_experts, cfg.top_k, cfg.token_hidden)
             task = (cfg.task_experts, cfg.top_k, cfg.task_hidden)
-            self.ff = MoELayer(cfg.width, cfg.moe, token, task, cfg.w_importance, cfg.w_load)
+            self.ff = MoELayer(cfg.width, cfg.moe, token, task, cfg.w_importance, cfg.w_load, cfg.task_center)
         else:
             # Without MoE the block in its place is 1.5 times wider: as many active weights as T2MIR's.
             wide = layer == cfg.moe_block and cfg.moe == "none"
@@ -236,6 +237,8 @@ class T2MIR(nn.Module):
             starts = torch.tensor([0, *cfg.state_values[:-1]]).cumsum(0)
             self.register_buffer("coordinate", starts, persistent=False)
             self.embed_state = nn.Embedding(sum(cfg.state_values), cfg.width)
+            self.register_buffer("span", torch.tensor(cfg.state_values) - 1.0, persistent=False)
+            self.embed_place = nn.Linear(cfg.state_dim, cfg.width, bias=False)
         else:
             self.embed_state = nn.Linear(cfg.state_dim, cfg.width)
         action = nn.Embedding if cfg.discrete_actions else nn.Linear
@@ -246,6 +249,8 @@ class T2MIR(nn.Module):
         for table in (m.weight for m in self.children() if isinstance(m, nn.Embedding)):
             nn.init.normal_(table, std=0.5)
         nn.init.normal_(self.embed_modality)
+        if cfg.state_values:
+            nn.init.normal_(self.embed_place.weight)
         if cfg.token_shift:
             self.shift = nn.Parameter(torch.full((cfg.width,), 0.5))
         self.drop = nn.Dropout(cfg.dropout)
@@ -256,7 +261,8 @@ class T2MIR(nn.Module):
     # ------------------------------------------------------------------------------------ embeddings
     def _state(self, states: Tensor) -> Tensor:
         if self.cfg.state_values:
-            return self.embed_state(states + self.coordinate).sum(-2) + self.embed_modality[0]
+            place = self.embed_place(2 * states / self.span - 1)
+            return self.embed_state(states + self.coordinate).sum(-2) + place + self.embed_modality[0]
         return self.embed_state(states) + self.embed_modality[0]
 
     def embed_prompt(self, prompt: Prompt, start: int = 0) -> Tensor:
@@ -271,12 +277,16 @@ class T2MIR(nn.Module):
         """(B, Q, ds) -> (B, Q, D), at position 0."""
         return self._state(states) + self.embed_time.weight[0]
 
-    def _shifted(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Token shift: e_i + g * e_{i-1}, g learned, one number a channel; `previous` (B, D) precedes x."""
+    def _shifted(self, x: Tensor, start: int = 0, previous: Tensor | None = None) -> Tensor:
+        """Token shift: e_i + g * e_{i-1}, g learned, one number a channel. Nothing passes from one episode to
+        the next. `start` tokens of whole episodes and steps precede x, the last of them `previous` (B, D).
+        """
         if not self.cfg.token_shift:
             return x
         before = torch.zeros_like(x[:, :1]) if previous is None else previous[:, None]
-        return x + self.shift * torch.cat([before, x[:, :-1]], 1)
+        index = start + torch.arange(x.shape[1], device=x.device)
+        inside = (index % (3 * self.cfg.horizon) != 0).to(x.dtype)[:, None]
+        return x + self.shift * inside * torch.cat([before, x[:, :-1]], 1)
 
     # -------------------------------------------------------------------------------------- training
     def forward(self, batch: ADBatch | DPTBatch) -> Output:
@@ -388,7 +398,7 @@ class T2MIR(nn.Module):
         keep=False leaves the cache as it was (a DPT query, which nothing may see afterwards); then tokens
         are not shifted either, as in training.
         """
-        cfg, x = self.cfg, self._shifted(tokens, cache.previous) if keep else tokens
+        cfg, x = self.cfg, self._shifted(tokens, cache.length, cache.previous) if keep else tokens
         s, h_sum = x.shape[1], None
         for block in self.blocks:
             x = x + block.attention(block.norm1(x), View(s), cache, block.layer)

@@ -85,8 +85,8 @@ class Experts(nn.Module):
 class MoEOutput:
     y: Tensor  # (B, R, D_out)
     balance: Tensor  # () Eq. 3; 0 without a token-wise MoE or outside training
-    token_expert: Tensor | None  # (B, S) int64, best expert of every token
-    task_expert: Tensor | None  # (B,) or (B, R) int64, best expert by the task router
+    token_expert: Tensor | None  # (B, S, k) int64, kept experts of every token, best first
+    task_expert: Tensor | None  # (B, k) or (B, R, k) int64, those of the task router
 
 
 class MoELayer(nn.Module):
@@ -96,7 +96,9 @@ class MoELayer(nn.Module):
     sizes that do not divide.
     """
 
-    def __init__(self, width: int, kind: MoEKind, token: tuple, task: tuple, w_imp: float, w_load: float):
+    def __init__(
+        self, width: int, kind: MoEKind, token: tuple, task: tuple, w_imp: float, w_load: float, center: bool = False
+    ):
         super().__init__()
         (token_experts, k_token, token_hidden), (task_experts, self.k_task, task_hidden) = token, task
         if kind == "both" and width % 2:
@@ -109,7 +111,7 @@ class MoELayer(nn.Module):
             self.token_router = NoisyTopKRouter(width, token_experts, k_token, w_imp, w_load)
             self.token = Experts(token_experts, width, token_hidden // token_experts, out)
         if kind in ("both", "task"):
-            self.task_router = TaskRouter(width, task_experts)
+            self.task_router = TaskRouter(width, task_experts, center)
             self.task = Experts(task_experts, width, task_hidden // task_experts, out)
 
     def forward(self, h: Tensor, h_bar: Tensor | None, read: Tensor | None = None) -> MoEOutput:
@@ -122,14 +124,14 @@ class MoELayer(nn.Module):
         if self.token is not None:  # Eq. 2
             routing, _, balance = self.token_router(h.reshape(b * s, d))
             index, weight = (r.view(b, s, -1) for r in (routing.index, routing.weight))
-            token_expert = index[..., 0]
+            token_expert = index
             if read is not None:
                 index, weight = index[:, read], weight[:, read]
             kept = Routing(index.flatten(0, 1), weight.flatten(0, 1))
             halves.append(self.token.tokens(x.reshape(-1, d), kept).view(*x.shape[:2], -1))
         if self.task is not None:  # Eq. 4
             gate = eq1_top_k_gate(self.task_router(h_bar), self.k_task)
-            task_expert = gate.index[..., 0]
+            task_expert = gate.index
             if h_bar.dim() == 2:
                 halves.append(self.task.sequences(x, gate))
             else:
@@ -144,5 +146,5 @@ if __name__ == "__main__":
     h = torch.randn(1, 3, 8)  # one row: a state, an action and a reward token
     out = layer(h, h.mean(1))
     for name, expert in zip(("state", "action", "reward"), out.token_expert[0].tolist(), strict=True):
-        print(f"{name:6s} token -> token expert {expert};  the row -> task expert {out.task_expert.item()}")
+        print(f"{name:6s} token -> token experts {expert};  the row -> task experts {out.task_expert[0].tolist()}")
     print(f"output {tuple(out.y.shape)}: {out.y.shape[-1] // 2} numbers from each half")

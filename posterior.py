@@ -33,7 +33,7 @@ def goal_posterior(prompt: Prompt | None, rows: int = 1) -> Tensor:
 
     If every cell has been entered without a reward (impossible in this room), it falls back to uniform.
     """
-    if prompt is None or prompt.steps == 0:
+    if prompt is None:
         return torch.full((rows, SIDE**2), 1 / SIDE**2)
     moves = torch.from_numpy(MOVES).to(prompt.states.device)
     entered = cell_id((prompt.states + moves[prompt.actions]).clamp(0, SIDE - 1))  # (B, n)
@@ -55,7 +55,8 @@ def divergence(prompt: Prompt, states: Tensor, log_policy: Tensor) -> tuple[Tens
     whether each prompt holds a reward (B,).
     """
     exact = action_posterior(goal_posterior(prompt), states)
-    kl = (torch.special.xlogy(exact, exact) - exact * log_policy).sum(-1)
+    # an action that the exact policy never takes counts nothing, whatever the policy thinks of it
+    kl = torch.where(exact > 0, exact * (exact.log() - log_policy), 0.0).sum(-1)
     return kl, (prompt.rewards > 0).any(1)
 
 

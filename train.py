@@ -15,6 +15,7 @@ serves as key for the other, so that one forward pass does all of it (as in the 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -111,7 +112,7 @@ class Log:
         self.csv.writerows(kept)
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional extra, checked by main()
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step)
 
@@ -181,7 +182,7 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     stopped = []  # the signal that asked for an end; the step in hand is finished first
     handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=cfg.steps, initial=state.step, desc=folder.name, unit="step", disable=not main)
-    sums, since, last_return = {}, time.perf_counter(), float("nan")
+    since, fresh, last_return = time.perf_counter(), 0, float("nan")
     started = since - state.seconds
     model.train()
     while state.step < cfg.steps and not stopped:
@@ -207,29 +208,41 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         state.step += 1
         state.seconds = time.perf_counter() - started
 
-        terms = {"loss": loss, "imitation": imitation, "balance": output.balance, "contrastive": output.contrastive,
-                 "accuracy": output.accuracy, "grad_norm": norm}  # fmt: skip
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + distributed.mean(value).item()
+        terms = {
+            "loss": loss,
+            "imitation": imitation,
+            "balance": output.balance,
+            "contrastive": output.contrastive,
+            "accuracy": output.accuracy,
+            "grad_norm": norm,
+        }
+        asked = torch.tensor(float(bool(stopped)), device=device)  # if one process was told to stop, all do
+        *values, asked = distributed.mean(torch.stack([*(v.detach().float() for v in terms.values()), asked])).tolist()
+        if asked and not stopped:
+            stopped.append(signal.SIGTERM)
+        for name, value in zip(terms, values, strict=True):
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        fresh += 1
         bar.update()
         last = state.step == cfg.steps
         if main and (state.step % cfg.log_every == 0 or last):
             now = time.perf_counter()
             many = (state.step - 1) % cfg.log_every + 1
-            row = {k: v / many for k, v in sums.items()}
-            speed = many * tokens / (now - since)
+            row = {k: v / many for k, v in state.sums.items()}
+            speed = fresh * tokens / (now - since)
             row |= {"step": state.step, "seconds": state.seconds, "tokens_per_s": speed, "lr": rate}
             row |= probe(model, dataset, cfg, cfg.seed + state.step, device)
             if cfg.eval_every and state.step % cfg.eval_every < cfg.log_every and not last:
                 for name, tasks in (("return_test", held_out), ("return_train", trained_on)):
-                    row[name] = play(cfg.env, tasks, make_policy(model, cfg), cfg.eval_episodes)[:, -1].mean().item()
+                    policy = make_policy(model, cfg, mean=dataset.state_mean, std=dataset.state_std)
+                    row[name] = play(cfg.env, tasks, policy, cfg.eval_episodes)[:, -1].mean().item()
                 last_return = row["return_test"]
                 model.train()
             log.row(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s, return {last_return:.1f}")
-            since = time.perf_counter()
+            since, fresh = time.perf_counter(), 0
         if state.step % cfg.log_every == 0:
-            sums = {}
+            state.sums = {}
         if main and (state.step % cfg.checkpoint_every == 0 or last or stopped):
             checkpoint.save(folder, state)
     bar.close()
@@ -247,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg = parse(argv)
         device = distributed.start(resolve_device(cfg.device))
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // distributed.world()))
+        if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs the package: pip install 'tensorboard'")
         folder, continued = open_run(cfg)
         chief = distributed.rank() == 0
         if chief:
@@ -257,10 +272,13 @@ def main(argv: list[str] | None = None) -> None:
         distributed.barrier()
         train(cfg, folder, continued, device)
         if chief:
-            evaluate_run(folder, episodes=cfg.episodes, actions=cfg.actions, prompt=cfg.prompt, history=cfg.history)
+            played = {"episodes": cfg.episodes, "actions": cfg.actions, "prompt": cfg.prompt, "history": cfg.history}
+            evaluate_run(folder, **played, device=str(device))
         distributed.stop()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:  # while collecting or evaluating; the training loop ends by itself
+        raise SystemExit("stopped; the same command with --resume continues") from None
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_part_of_other_settings_is_named(stopped, tiny_config, tmp_path):
     cfg, folder = stopped
     other = replace(tiny_config, episodes=11, folder=str(tmp_path / "other"))
     shutil.copy(collect(other, quiet=True) / "task-002.npz", folder)
-    refused(cfg, "task-002.npz is not a whole part.*shape")
+    refused(cfg, "task-002.npz.*shape")
 
 
 def other_goals(cfg, tmp_path) -> CollectConfig:
@@ -280,7 +280,7 @@ def test_explore_pool_is_of_walks_that_obey_the_room(pool):
 def test_explore_pool_has_two_kinds(pool):
     """First: the expert's action for a fresh uniform goal at every step. Second: some settle at a goal."""
     cells, actions = pool.states[:2000].reshape(-1, 2), pool.actions[:2000].ravel()
-    for cell in ([0, 0], [4, 5], [5, 8]):
+    for cell in ([0, 0], [4, 5], [6, 3]):
         chosen = actions[(cells == cell).all(-1)]
         want = np.bincount(darkroom_expert(np.array(cell), CELLS), minlength=5) / 100
         error = np.sqrt(want * (1 - want) / len(chosen))

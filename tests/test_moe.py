@@ -151,12 +151,12 @@ def test_eq2_eq4_layer_matches_loop(kind, gates):
             if kind != "task":
                 gate = eq1_top_k_gate(moe.token_router.router(h[b, t]), 2)
                 parts.append(slow_mixture(moe.token, h[b, t], gate.index, gate.weight))
-                assert out.token_expert[b, t] == gate.index[0]
+                assert out.token_expert[b, t].tolist() == gate.index.tolist()
             if kind != "token":
                 z = moe.task_router.query(h_bar[b] if gates == 2 else h_bar[b, t])
                 gate = eq1_top_k_gate(z, 2)
                 parts.append(slow_mixture(moe.task, h[b, t], gate.index, gate.weight))
-                assert (out.task_expert[b] if gates == 2 else out.task_expert[b, t]) == gate.index[0]
+                assert (out.task_expert[b] if gates == 2 else out.task_expert[b, t]).tolist() == gate.index.tolist()
             assert [len(p) for p in parts] == ([D // 2, D // 2] if kind == "both" else [D])
             want.append(torch.cat(parts))  # token | task
     want = torch.stack(want).view(2, 4, D)
@@ -190,7 +190,7 @@ def test_layer_reads_the_tokens_of_the_full_output(kind, gates):
     assert_close(part.y, full.y[:, READ], atol=1e-6, rtol=0)
     if kind != "task":
         assert torch.equal(part.token_expert, full.token_expert)  # routed: all tokens, read or not
-        assert part.token_expert.shape == (B, S)
+        assert part.token_expert.shape[:2] == (B, S)
     if kind != "token":
         assert torch.equal(part.task_expert, full.task_expert if gates == 2 else full.task_expert[:, READ])
 

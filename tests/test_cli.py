@@ -1,0 +1,205 @@
+"""test_cli.py: the command line: README.md's commands on a tiny budget, presets (Tables 4 and 5), wrong input.
+
+Run: python -m pytest -q tests/test_cli.py
+"""
+
+import csv
+import inspect
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny import ROOT, SETTINGS, command, dataset, flags, run, trainer
+
+import evaluate
+from config import Config, differences, parse
+
+BUDGET = ("layers", "heads", "width", "ff", "token_hidden", "task_hidden", "token_experts", "task_experts", "steps",
+          "batch", "prompt_length", "episodes", "eval_every", "checkpoint_every", "device", "threads")  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder on a machine without CUDA."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, noise_folder, tmp_path_factory):
+    with trainer(tiny_config) as fit:
+        return fit(tmp_path_factory.mktemp("trained") / "run", steps=1)
+
+
+# --------------------------------------------------------------------------------------------- README
+def readme_commands() -> list[list[str]]:
+    """The `python SCRIPT ...` lines of README.md's bash blocks, each once."""
+    found, inside = [], False
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("```"):
+            inside = line.strip() == "```bash"
+        elif inside and line.startswith("python ") and not line.startswith("python -"):
+            words = shlex.split(line, comments=True)[1:]
+            found += [words] if words not in found else []
+    return found
+
+
+def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
+    """In their order and in one folder, so that what is evaluated is what was trained; only budgets are smaller."""
+    commands = readme_commands()
+    assert {"train.py", "evaluate.py", "collect.py", "bench.py"} <= {words[0] for words in commands}
+    small = {
+        "train.py": flags({name: SETTINGS[name] for name in BUDGET} | dataset(tiny_config)),
+        "evaluate.py": ["--episodes", "1"],
+        "collect.py": ["--episodes", "5", "--queries", "5", "--tasks", tiny_config.tasks],
+        "bench.py": ["--only", "dispatch-sorted", "--threads", "1"],
+    }
+    for script, *argv in commands:
+        ended = run(script, argv + small.get(script, []), monkeypatch, capsys)
+        assert ended.code == 0, f"python {shlex.join([script, *argv])}\n{ended.err}"
+    ran = [words[0] for words in commands]
+    with open(here / "runs" / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == ran.count("train.py") + ran.count("evaluate.py")
+    assert all(row["command"].startswith("python ") and row["steps"] == str(SETTINGS["steps"]) for row in rows)
+    assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == ran.count("train.py")
+    assert list(here.glob("datasets/*/meta.json")) and list(here.glob("results/bench.json"))
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("train.py", [f.name for f in fields(Config)]),
+        ("evaluate.py", [name for name in inspect.signature(evaluate.main).parameters if name != "folder"]),
+    ],
+)
+def test_help_lists_every_flag(script, names, monkeypatch, capsys):
+    ended = run(script, ["--help"], monkeypatch, capsys)
+    assert ended.code == 0 and len(names) > 8
+    assert [name for name in names if f"--{name.replace('_', '-')} " not in ended.out] == []
+
+
+# -------------------------------------------------------------------------------------------- presets
+def test_auto_is_paper_with_cuda_and_cpu_without(monkeypatch):
+    for cuda, want in ((True, "paper"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        for argv in ([], ["--preset", "auto"], ["--preset=auto", "--backbone", "ad"]):
+            cfg = parse(argv)
+            assert cfg.preset == want and cfg == parse([*argv, "--preset", want])
+    assert parse(["--preset", "paper"]) != parse(["--preset", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "prompt_length", "task_experts", "w_contrastive"), [("ad", 400, 12, 0.01), ("dpt", 100, 8, 0.001)]
+)
+def test_the_paper_preset_is_tables_4_and_5(backbone, prompt_length, task_experts, w_contrastive):
+    cfg = parse(["--preset", "paper", "--backbone", backbone])
+    assert (cfg.prompt_length, cfg.task_experts, cfg.w_contrastive) == (prompt_length, task_experts, w_contrastive)
+    assert (cfg.steps, cfg.lr, cfg.token_experts, cfg.moe_position, cfg.momentum) == (300_000, 3e-4, 6, "top", 0.995)
+    assert (cfg.moe, cfg.routing, cfg.query_position, cfg.quality) == ("both", "sequence", "first", "mixed")
+
+
+@pytest.mark.parametrize("backbone", ["ad", "dpt"])
+def test_flags_override_presets_and_are_listed_as_departures(backbone):
+    base = ["--backbone", backbone, "--preset", "paper"]
+    assert differences(parse(base)) == []
+    assert differences(parse([*base, "--threads", "3", "--run", "x", "--seed", "4"])) == []
+    assert differences(parse([*base, "--lr", "0.01", "--task-experts", "4"])) == [
+        f"task_experts: {8 if backbone == 'dpt' else 12} -> 4",
+        "lr: 0.0003 -> 0.01",
+    ]
+    cpu = parse(["--backbone", backbone, "--preset", "cpu", "--lr", "0.01"])
+    assert cpu.lr == 0.01 and "lr: 0.0003 -> 0.01" in differences(cpu)
+    assert any(line.startswith("steps: 300000 -> ") for line in differences(cpu))
+
+
+# ---------------------------------------------------------------------------------------- wrong input
+WRONG = {
+    "--env nope": "nope",
+    "--backbone gpt": "gpt",
+    "--preset tpu": "tpu",
+    "--device cuda": "cuda",
+    "--device toaster": "toaster",
+    "--tasks missing.json": "missing.json",
+    "--top-k 9 --token-experts 6 --token-hidden 24": "--top-k 9",
+    "--top-k 0": "--top-k 0",
+    "--prompt-length 150": "--prompt-length 150",
+    "--prompt-length 0": "--prompt-length 0",
+    "--prompt-length 400 --data-episodes 3": "--data-episodes 3",
+    "--width 18 --heads 4": "--width 18",
+    "--token-hidden 25": "--token-hidden 25",
+    "--dropout 1.5": "--dropout 1.5",
+    "--batch 3": "--batch 3",
+    "--batch 0": "--batch",
+    "--steps 0": "--steps",
+    "--lr 0": "--lr",
+    "--momentum 2": "--momentum",
+    "--warmup=-1": "--warmup",
+    "--w-contrastive=-0.1": "negative",
+    "--w-load=-1": "negative",
+    "--query-position first --queries 8 --short 0 --empty 0": "--queries",
+    "--short 0.8 --empty 0.3": "--short",
+    "--episodes 0": "--episodes",
+    "--data-queries 0": "--queries",
+}
+
+
+def refused(script, argv, named, here, monkeypatch, capsys):
+    """One line names the problem, and nothing is written."""
+    assert named in run(script, argv, monkeypatch, capsys).error
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_train_refuses_what_cannot_be(tiny_config, here, wrong, monkeypatch, capsys):
+    argv = command(tiny_config, "run", datasets="datasets", **{"data_episodes": 10}) + wrong.split()
+    refused("train.py", argv, WRONG[wrong], here, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["nowhere"], "nowhere"),
+        (["DATASET"], "not a t2mir run"),
+        (["RUN", "--episodes", "0"], "--episodes"),
+        (["RUN", "--repeats", "0"], "--repeats"),
+        (["RUN", "--device", "cuda", "--results", "results"], "cuda"),
+        (["RUN", "--device", "toaster", "--results", "results"], "toaster"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be(trained, noise_folder, here, argv, named, monkeypatch, capsys):
+    places = {"RUN": str(trained), "DATASET": str(noise_folder)}
+    before = sorted(trained.iterdir())
+    refused("evaluate.py", [places.get(word, word) for word in argv], named, here, monkeypatch, capsys)
+    assert sorted(trained.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "named"),
+    [
+        ("collect.py", ["--env", "nope"], "nope"),
+        ("collect.py", ["--episodes", "0"], "--episodes"),
+        ("collect.py", ["--tasks", "missing.json"], "missing.json"),
+        ("bench.py", ["--only", "nope"], "nope"),
+    ],
+)
+def test_collect_and_bench_refuse_what_cannot_be(here, script, argv, named, monkeypatch, capsys):
+    refused(script, argv, named, here, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py", "bench.py"])
+def test_unknown_flags_are_named(script, here, monkeypatch, capsys):
+    ended = run(script, ["--learning-speed", "3"], monkeypatch, capsys)
+    assert ended.code == 2 and "--learning-speed" in ended.err and "Traceback" not in ended.err
+    assert list(here.iterdir()) == []
+
+
+def test_an_error_as_a_shell_sees_it(tmp_path):
+    line = [sys.executable, str(ROOT / "train.py"), "--env", "nope"]
+    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stdout == "" and list(tmp_path.iterdir()) == []
+    assert ended.stderr == "error: unknown environment 'nope': choose one of darkroom\n"

@@ -1,0 +1,293 @@
+"""test_evaluate.py: Algorithms 2 and 4 as they are played and reported, and what diagnostics.py measures (Sec. 5.4).
+
+Returns by hand on DarkRoom with scripted policies; the files that an evaluation leaves; what a model is shown.
+Run: python -m pytest -q tests/test_evaluate.py
+"""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from scipy.stats import norm
+from tiny import command, trainer
+
+import checkpoint
+from config import parse
+from diagnostics import least_share, modality_counts, mutual_information, probe
+from envs import random_returns
+from evaluate import RandomPolicy, Settings, evaluate_run, interval, make_policy, play
+from models import T2MIR
+
+RIGHT, LEFT, UP, DOWN, STAY = range(5)
+SUMMARY = (
+    "env,backbone,moe,routing,quality,preset,seed,steps,train_seconds,episodes,first_return,last_return,best_return,"
+    "random_return,optimum,paper_return,command"
+)
+KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries": 1, "short": 0, "empty": 0}),
+         "last": ("dpt", {})}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, noise_folder, tmp_path_factory):
+    """{name: folder} of a tiny run of each layout; evaluations write elsewhere."""
+    folder = tmp_path_factory.mktemp("trained")
+    with trainer(tiny_config) as fit:
+        return {name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()}
+
+
+@pytest.fixture
+def build(tiny_config):
+    """build(layout): an untrained tiny model."""
+
+    def make(name, **changes):
+        backbone, more = KINDS[name]
+        torch.manual_seed(0)
+        return T2MIR(parse(command(tiny_config, None, backbone, **more | changes)).model()).eval()
+
+    return make
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def returns_of(results):
+    """The returns (tasks, episodes) that an evaluation wrote beside its summary, and the tasks."""
+    (path,) = set(results.glob("*.csv")) - {results / "summary.csv"}
+    found = table(path)
+    episodes = max(int(row["episode"]) for row in found)
+    assert [int(row["episode"]) for row in found] == [*range(1, episodes + 1)] * (len(found) // episodes)
+    values = np.array([float(row["return"]) for row in found]).reshape(-1, episodes)
+    return values, [row["task"] for row in found[::episodes]]
+
+
+# -------------------------------------------------------------------------------------------- playing
+class Script:
+    """The same moves for all tasks, another list in each episode, then stays; remembers what it is told."""
+
+    def __init__(self, *scripts):
+        self.scripts, self.episode, self.told, self.seen, self.rows = scripts, -1, [], [], []
+
+    def begin(self, history, rows):
+        self.episode += 1
+        self.moves = iter(self.scripts[self.episode])
+        self.told.append(list(history))
+        self.seen.append([])
+        self.rows.append(rows)
+
+    def act(self, states):
+        return torch.full((len(states),), next(self.moves, STAY))
+
+    def observe(self, states, actions, rewards):
+        self.seen[-1].append((states, actions, rewards))
+
+
+def test_play_gives_the_returns_of_a_script():
+    """A step pays when it ends on the goal, so two moves to a goal leave 99 of the 100 steps."""
+    tasks = [[0, 0], [2, 0], [1, 1], [9, 9]]
+    script = Script([RIGHT, RIGHT], [LEFT, UP, RIGHT, DOWN, RIGHT], [])
+    got = play("darkroom", tasks, script, 3)
+    # episode 2: (0,0) by the wall, (0,1), (1,1), (1,0), (2,0) for good; episode 3 never moves
+    assert got.tolist() == [[0, 1, 100], [99, 96, 0], [0, 1, 0], [0, 0, 0]]
+    assert got.shape == (4, 3) and script.rows == [4, 4, 4]
+
+
+def test_policies_are_told_all_finished_episodes_in_order():
+    script = Script([RIGHT], [UP, UP], [LEFT], [])
+    play("darkroom", [[1, 0], [0, 2]], script, 4)
+    assert [len(history) for history in script.told] == [0, 1, 2, 3]
+    for history in script.told:
+        for prompt, steps in zip(history, script.seen, strict=False):
+            assert prompt.states.shape == (2, 100, 2) and prompt.rewards.shape == (2, 100)
+            columns = [torch.stack(column, 1) for column in zip(*steps, strict=True)]
+            assert all(map(torch.equal, (prompt.states, prompt.actions, prompt.rewards), columns))
+    assert [prompt.rewards.sum(1).tolist() for prompt in script.told[-1]] == [[100, 0], [0, 99], [0, 0]]
+    assert script.told[-1][1].states[0, :4].tolist() == [[0, 0], [0, 1], [0, 2], [0, 2]]
+
+
+def test_the_random_policy_earns_its_expected_return():
+    tasks, many = [[0, 0], [1, 1], [3, 2]], 2000
+    got = play("darkroom", tasks * many, RandomPolicy(5, seed=1), 1).reshape(many, 3)
+    error = got.std(0) / many**0.5
+    assert (np.abs(got.mean(0) - random_returns("darkroom", tasks)) < 4 * error).all() and (error < 0.5).all()
+
+
+def watch(monkeypatch, lengths):
+    """Collect into `lengths` how many prompt tokens stand before each prediction of a model."""
+    feed, forward = T2MIR.feed, T2MIR.forward
+
+    def fed(self, tokens, cache, keep=True):
+        if self.cfg.backbone == "ad" or not keep:  # a query of DPT, or a step of AD
+            lengths.append(cache.length)
+        return feed(self, tokens, cache, keep)
+
+    def forwarded(self, batch):
+        lengths.append(3 * batch.prompt.steps)
+        return forward(self, batch)
+
+    monkeypatch.setattr(T2MIR, "feed", fed)
+    monkeypatch.setattr(T2MIR, "forward", forwarded)
+
+
+@pytest.mark.parametrize("name", ["first", "last"])
+@pytest.mark.parametrize(("memory", "want"), [("last", [0, 300, 300, 300]), ("all", [0, 300, 600, 900])])
+def test_dpt_is_given_the_last_episode_or_all(build, monkeypatch, name, memory, want):
+    """Algorithm 4: the prompt of each episode, which does not grow while it is played."""
+    lengths, policy = [], make_policy(build(name), Settings("sample", memory, 4))
+    watch(monkeypatch, lengths)
+    seen, begin = [], policy.begin
+
+    def began(history, rows):
+        seen.append(set(lengths))
+        lengths.clear()
+        begin(history, rows)
+
+    monkeypatch.setattr(policy, "begin", began)
+    play("darkroom", [[2, 2], [8, 6]], policy, 4)
+    assert [*seen[1:], set(lengths)] == [{length} for length in want]
+
+
+@pytest.mark.parametrize("routing", ["prefix", "sequence"])
+def test_ad_keeps_the_best_episodes_of_its_history(build, monkeypatch, routing):
+    """Algorithm 2 with K = 2: nothing, one and two episodes before the running one, and never a third."""
+    lengths, policy = [], make_policy(build("ad", routing=routing), Settings("sample", "last", 2))
+    watch(monkeypatch, lengths)
+    returns = play("darkroom", [[0, 1], [1, 0], [1, 1]], policy, 5)
+    assert max(lengths) == 3 * 100 * 3 - 2  # two episodes, and 99 steps with the last state
+    ends = [length for length in lengths if length % 300 == 298]
+    assert ends == [298, 598, 898, 898, 898]
+    policy.begin([], 3)
+    past = [SimpleNamespace(states=torch.zeros(3, 100, 2).long(), actions=torch.zeros(3, 100).long(),
+                            rewards=torch.full((3, 100), r)) for r in (0.5, 0.2, 0.1, 0.3)]  # fmt: skip
+    kept = []
+    for i in range(4):
+        policy.begin(past[: i + 1], 3)
+        kept.append([round(p.rewards[0, 0].item(), 1) for p in policy.kept])
+    assert kept == [[0.5], [0.2, 0.5], [0.2, 0.5], [0.3, 0.5]] and returns.shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_seed_repeats_an_evaluation_and_greedy_needs_none(trained, name):
+    def played(actions, seed):
+        model, cfg, _, states = checkpoint.load_model(trained[name], "cpu")
+        policy = make_policy(model, Settings(actions, "last", 2), seed, *states)
+        return play(cfg.env, [[1, 0], [0, 1], [0, 0], [1, 1], [2, 0]], policy, 2)
+
+    assert (played("sample", 3) == played("sample", 3)).all()
+    assert (played("sample", 3) != played("sample", 4)).any()
+    assert (played("greedy", 3) == played("greedy", 4)).all()
+
+
+# ------------------------------------------------------------------------------------------ reporting
+def test_interval():
+    values = np.random.default_rng(0).normal(size=(200, 3)) * [1, 5, 0] + [0, 10, 7]
+    low, high = interval(values)
+    assert (low <= values.mean(0)).all() and (values.mean(0) <= high).all()
+    width = 2 * norm.ppf(0.975) * values.std(0, ddof=1) / 200**0.5  # of the normal approximation
+    assert high - low == pytest.approx(width, rel=0.1, abs=1e-12)
+    assert (low[2], high[2]) == pytest.approx((7, 7))
+    assert all((a == b).all() for a, b in zip(interval(values), (low, high), strict=True))
+    one = np.array([[3.0, 4.0]])
+    assert all(side.tolist() == [3, 4] for side in interval(one))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
+    row = evaluate_run(trained[name], episodes=3, history=2, seed=5, results=str(tmp_path))
+    model, cfg, about, states = checkpoint.load_model(trained[name], "cpu")
+    tasks = checkpoint.read_tasks(trained[name])["test"]
+    want = play(cfg.env, tasks, make_policy(model, Settings("sample", "last", 2), 5, *states), 3)
+    values, named = returns_of(tmp_path)
+    assert (values == want).all() and named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 4
+    (picture,) = tmp_path.glob("*.png")
+    height, width, _ = imread(picture).shape
+    assert 400 < height < width < 2000 and imread(picture).std() > 0.05
+    (line,) = table(tmp_path / "summary.csv")
+    assert (tmp_path / "summary.csv").read_text().splitlines()[0] == SUMMARY
+    assert line == {k: str(v) for k, v in row.items()}
+    curve = want.mean(0)
+    assert float(line["first_return"]) == pytest.approx(curve[0], abs=0.005)
+    assert float(line["last_return"]) == pytest.approx(curve.mean(), abs=0.005)  # of up to five episodes
+    assert float(line["best_return"]) == pytest.approx(curve.max(), abs=0.005)
+    assert line["optimum"] == f"{np.mean([101 - 4, 101 - 14, 101 - 4, 101 - 9]):.2f}"
+    assert float(line["random_return"]) == pytest.approx(random_returns("darkroom", tasks).mean(), abs=0.005)
+    assert (line["backbone"], line["moe"], line["steps"], line["episodes"]) == (cfg.backbone, "both", "3", "3")
+    assert line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[cfg.backbone] and float(about["seconds"]) > 0
+    printed = capsys.readouterr().out
+    assert str(picture) in printed and line["last_return"] in printed and line["paper_return"] in printed
+
+
+def test_one_row_of_summary_for_each_evaluation(trained, tmp_path):
+    for seed in (0, 1):
+        evaluate_run(trained["last"], episodes=1, seed=seed, results=str(tmp_path))
+    lines = (tmp_path / "summary.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines.count(SUMMARY) == 1
+    (tmp_path / "summary.csv").write_text("name,score\nmine,1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        evaluate_run(trained["last"], episodes=1, results=str(tmp_path))
+    assert (tmp_path / "summary.csv").read_text() == "name,score\nmine,1\n"
+
+
+def test_split_repeats_and_places(trained, tmp_path):
+    evaluate_run(trained["ad"], episodes=1, split="train", results=str(tmp_path / "train"))
+    tasks = [f"{x} {y}" for x, y in checkpoint.read_tasks(trained["ad"])["train"]]
+    assert returns_of(tmp_path / "train")[1] == tasks and len(tasks) == 8
+    evaluate_run(trained["last"], episodes=1, repeats=3, results=str(tmp_path / "thrice"))
+    assert len(returns_of(tmp_path / "thrice")[0]) == 12
+    before = set(trained["last"].iterdir())
+    evaluate_run(trained["last"], episodes=1)  # by default beside the checkpoint, the summary beside the run
+    assert {p.suffix for p in set(trained["last"].iterdir()) - before} == {".csv", ".png"}
+    assert (trained["last"].parent / "summary.csv").exists()
+
+
+# ---------------------------------------------------------------------------------------- diagnostics
+@pytest.mark.parametrize(
+    ("joint", "bits"),
+    [
+        ([[1, 2], [2, 4]], 0.0),  # independent
+        ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log2(3)),  # one tells the other
+        ([[1, 1], [0, 2]], 1 + 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3) - 1.5),  # H(X) + H(Y) - H(X, Y)
+        ([[3, 0], [0, 0]], 0.0),  # nothing varies
+    ],
+)
+def test_mutual_information(joint, bits):
+    assert mutual_information(torch.tensor(joint)) == pytest.approx(bits, abs=1e-6)
+
+
+def test_least_share():
+    kept = torch.tensor([[0, 1], [0, 2], [0, 1], [2, 1]])  # 3, 3 and 2 choices of 8
+    assert least_share(kept, 3) == pytest.approx(2 / 8) and least_share(kept, 4) == 0
+
+
+def test_modality_counts_take_the_best_expert_and_leave_queries_out():
+    token_expert = torch.tensor([[[0, 1], [1, 3], [2, 3], [0, 1], [3, 0]], [[0, 2], [1, 0], [1, 2], [3, 2], [3, 1]]])
+    out = SimpleNamespace(token_expert=token_expert, modality=torch.tensor([0, 1, 2, 0, 3]))
+    assert modality_counts(out, 4).tolist() == [[3, 0, 0, 1], [0, 2, 0, 0], [0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("moe", ["both", "none"])
+def test_probe_looks_without_changing_anything(tiny_config, explore_data, build, name, moe):
+    backbone, more = KINDS[name]
+    model, cfg = build(name, moe=moe), parse(command(tiny_config, None, backbone, moe=moe, **more))
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    for training in (True, False):
+        model.train(training)
+        found = probe(model, explore_data, cfg, 1, "cpu")
+        assert model.training is training and all(module.training is training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    want = {"token_mi", "token_least", "task_least", "contrastive_fresh", "accuracy_fresh", "chance"}
+    want = (want if moe == "both" else set()) | ({"kl_reward", "kl_no_reward"} if backbone == "dpt" else set())
+    assert set(found) == want and all(math.isfinite(value) for value in found.values())
+    if moe == "both":
+        assert 0 <= found["token_mi"] <= math.log2(3) and 0 <= found["token_least"] <= 1 / 4
+        assert found["chance"] == 1 / 15 and 0 <= found["accuracy_fresh"] <= 1  # two draws of each of eight tasks
+    if want:
+        assert probe(model, explore_data, cfg, 1, "cpu") == found != probe(model, explore_data, cfg, 2, "cpu")
