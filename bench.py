@@ -28,9 +28,10 @@ import tyro
 from collect import write_atomically
 from config import Config, preset_values
 from data import ADBatch, DPTBatch, Prompt
-from evaluate import ADPolicy, play
+from evaluate import play
 from models import T2MIR, ModelConfig
 from moe import Experts
+from policies import ADPolicy
 from router import Routing, eq1_top_k_gate
 from train import imitation_loss, make_optimizer
 

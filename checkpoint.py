@@ -113,8 +113,14 @@ def _weights(tensors: dict[str, Tensor], model: T2MIR, folder) -> None:
         model.load_state_dict(part)
     except RuntimeError as error:
         raise ValueError(
-            f"{folder}/{FILE} does not fit its config.json ({str(error).splitlines()[-1].strip()})"
+            f"{folder}/{FILE} does not fit these settings ({str(error).splitlines()[-1].strip()})"
         ) from None
+
+
+def load_weights(folder: str | Path, model: T2MIR) -> None:
+    """The weights of another run into `model`. Raises ValueError with one line when they do not fit."""
+    tensors, _ = read(folder)
+    _weights(tensors, model, folder)
 
 
 def load(folder: str | Path, state: State) -> None:

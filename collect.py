@@ -17,7 +17,8 @@ behaviour policies": 45 % walks towards a fresh random goal at every step, 45 % 
 goals, 10 % this task's nearly noiseless expert; rewards are always this task's. Rewarded prompts that
 merely pass the goal decide at test time and are rare, so a quarter of the first two kinds is chosen to
 cross it. That choice does not bias a prompt without rewards: there the goal stays uniform over all cells
-that were not visited.
+that were not visited. `--recipe wander` is the same with 5 % experts and no chosen crossings: prompts of many
+episodes without a reward, in which only the corners are left, are then not rare.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from data import FORMAT, file_hash, load_part, part_name, read_meta
 from envs import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return, get_spec, split_tasks
 
 Quality = Literal["mixed", "medium-expert", "medium"]
+Recipe = Literal["noise", "explore", "wander"]
+# share of the task's own expert; share of the other walks that is chosen to cross the goal
+SHARES = {"explore": (0.1, 0.25), "wander": (0.05, 0.0)}
 LEVEL = {"mixed": 1.0, "medium-expert": 0.8, "medium": 0.5}  # share of the expert's return
 
 
@@ -48,8 +52,8 @@ class CollectConfig:
     """Task family."""
     quality: Quality = "mixed"
     """App. D.2: which stages of the expert's training make the data."""
-    recipe: Literal["noise", "explore"] = "noise"
-    """noise: the task's own expert with falling noise (paper). explore: behaviour independent of the goal."""
+    recipe: Recipe = "noise"
+    """noise: the task's own expert with falling noise (paper). explore, wander: others', which do not know the goal."""
     episodes: int = 200
     """Episodes of each training task."""
     queries: int = 1000
@@ -137,7 +141,7 @@ def explore_pool(train_tasks, horizon: int, rng: np.random.Generator, size: int 
     return Walks.of(*(np.concatenate(pair) for pair in zip(redrawn, noisy, strict=True)))
 
 
-def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float = 0.25) -> np.ndarray:
+def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float) -> np.ndarray:
     """Indices (2 * count,) of `count` walks of each kind; a share `crossing` is drawn from those that enter the goal.
 
     A kind that never entered it (the first one, for far corners) borrows from the other.
@@ -161,11 +165,12 @@ def collect_darkroom_task(cfg: CollectConfig, index: int, goal, pool: Walks | No
     rng = np.random.default_rng([cfg.seed, 1, index])
     goal = np.asarray(goal)
     own = noise_levels(goal, cfg.quality, cfg.episodes)
-    if cfg.recipe == "explore":
-        free = int(0.45 * cfg.episodes)
+    if cfg.recipe in SHARES:
+        own_share, crossing = SHARES[cfg.recipe]
+        free = int((1 - own_share) / 2 * cfg.episodes)
         best = own.min() + 0.1 * rng.random(cfg.episodes - 2 * free)  # nearly noiseless for the quality
         expert = walk(np.broadcast_to(goal, (len(best), 2)), best, spec.horizon, rng)
-        pick = choose_walks(pool, goal, free, rng)
+        pick = choose_walks(pool, goal, free, rng, crossing)
         walks = (pool.states[pick], pool.actions[pick], pool.after[pick])
         states, actions, after = (np.concatenate(pair) for pair in zip(walks, expert, strict=True))
         mixed = rng.permutation(cfg.episodes)
@@ -231,7 +236,7 @@ def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
         if all((folder / part_name(i)).exists() for i in range(len(train))):
             return folder
     folder.mkdir(parents=True, exist_ok=True)
-    pool = explore_pool(train, spec.horizon, np.random.default_rng([cfg.seed, 0])) if cfg.recipe == "explore" else None
+    pool = explore_pool(train, spec.horizon, np.random.default_rng([cfg.seed, 0])) if cfg.recipe in SHARES else None
     hashes, returns = [], []
     for index, goal in enumerate(tqdm(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
         path = folder / part_name(index)

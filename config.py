@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
-from collect import CollectConfig, Quality
+from collect import CollectConfig, Quality, Recipe
 from envs import SPECS, get_spec
 from models import ModelConfig
 from moe import MoEKind, TaskRouting
@@ -80,8 +80,8 @@ class Config:
     # data (App. D.2)
     quality: Quality = "mixed"
     """Which stages of the expert's training make the data."""
-    recipe: Literal["noise", "explore"] = "noise"
-    """noise: the paper's data. explore: behaviour that does not know the goal (collect.py)."""
+    recipe: Recipe = "noise"
+    """noise: the paper's data. explore, wander: behaviour that does not know the goal (collect.py)."""
     data_episodes: int = 200
     """Episodes of each training task."""
     data_queries: int = 1000
@@ -96,6 +96,8 @@ class Config:
     """Folder of the datasets; what is missing is collected."""
 
     # optimisation
+    init: str | None = None
+    """Start from the weights of this run instead of random ones (short prompts first, then long ones)."""
     steps: int = 300_000
     batch: int = 32
     """Prompts a step on each process."""

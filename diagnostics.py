@@ -47,8 +47,9 @@ def sample(dataset: Dataset, cfg, rows: int, draws: int, rng: torch.Generator):
     episodes = cfg.prompt_length // dataset.spec.horizon
     if cfg.backbone == "ad":
         return sample_ad(dataset, rows, episodes, draws, rng)
-    queries = 32 if cfg.query_position == "last" else 1
-    return sample_dpt(dataset, rows, episodes, draws, rng, queries=queries)
+    batch = sample_dpt(dataset, rows, episodes, draws, rng, queries=32 if cfg.query_position == "last" else 1)
+    batch.visible.fill_(cfg.prompt_length)
+    return batch
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ class ModelConfig:
     @property
     def moe_block(self) -> int:
         """Which block's feed-forward layer the MoE replaces (App. G.2: first, L/2-th or last)."""
-        return {"top": self.layers - 1, "middle": max(0, self.layers // 2 - 1), "bottom": 0}[self.moe_position]
+        return {"top": self.layers - 1, "middle": (self.layers + 1) // 2 - 1, "bottom": 0}[self.moe_position]
 
     @property
     def cacheable(self) -> bool:
@@ -228,7 +228,7 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------- model
 class T2MIR(nn.Module):
-    """The policy pi_theta of both backbones. `model(batch)` trains; `prefill`, `step`, `act` play."""
+    """The policy pi_theta of both backbones. `model(batch)` trains; `new_cache` and `feed` play."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -237,7 +237,7 @@ class T2MIR(nn.Module):
             starts = torch.tensor([0, *cfg.state_values[:-1]]).cumsum(0)
             self.register_buffer("coordinate", starts, persistent=False)
             self.embed_state = nn.Embedding(sum(cfg.state_values), cfg.width)
-            self.register_buffer("span", torch.tensor(cfg.state_values) - 1.0, persistent=False)
+            self.register_buffer("span", (torch.tensor(cfg.state_values) - 1.0).clamp_min(1), persistent=False)
             self.embed_place = nn.Linear(cfg.state_dim, cfg.width, bias=False)
         else:
             self.embed_state = nn.Linear(cfg.state_dim, cfg.width)
@@ -310,7 +310,7 @@ class T2MIR(nn.Module):
         elif self.cfg.backbone == "dpt":
             x = torch.cat([self.embed_query(batch.query_states), x], 1)
             modality = torch.cat([modality.new_full((1,), 3), modality])
-            view, read = View(x.shape[1]), torch.cat([read[:1], state_tokens + 1])
+            view, read = View(x.shape[1]), torch.cat([state_tokens.new_zeros(1), state_tokens + 1])
         return self._run(x, view, read, modality, batch.task, visible)
 
     def _run(

@@ -61,7 +61,8 @@ def divergence(prompt: Prompt, states: Tensor, log_policy: Tensor) -> tuple[Tens
 
 
 if __name__ == "__main__":
-    from evaluate import ExactPosterior, play
+    from evaluate import play
+    from policies import ExactPosterior
 
     tasks = CELLS.tolist() * 20
     for memory in ("last", "all"):

@@ -36,8 +36,9 @@ from collect import collect, dataset_folder
 from config import FREE, Config, differences, parse
 from data import ADBatch, Dataset, DPTBatch, load_dataset, rows, sample_ad, sample_dpt
 from diagnostics import probe
-from evaluate import evaluate_run, make_policy, play
+from evaluate import evaluate_run, play
 from models import T2MIR, Output
+from policies import make_policy
 
 
 def sample(dataset: Dataset, cfg: Config, rng: torch.Generator) -> ADBatch | DPTBatch:
@@ -165,6 +166,8 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     state = checkpoint.State(model, optimizer, rng, dataset.state_mean, dataset.state_std)
     if continued and (folder / checkpoint.FILE).exists():
         checkpoint.load(folder, state)
+    elif cfg.init:
+        checkpoint.load_weights(cfg.init, model)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_config(folder, cfg, {"train": dataset.meta["train_tasks"], "test": dataset.meta["test_tasks"]})
@@ -262,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // distributed.world()))
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs the package: pip install 'tensorboard'")
+        if cfg.init:
+            checkpoint.load_weights(cfg.init, T2MIR(cfg.model()))  # refused now rather than after collecting
         folder, continued = open_run(cfg)
         chief = distributed.rank() == 0
         if chief:

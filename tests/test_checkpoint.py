@@ -58,13 +58,13 @@ def copy(few, tmp_path):
 def caught(argv, folder, number):
     """A run as a process of its own that is sent a signal once train.csv has seven rows."""
     process = start(argv)
-    path, deadline = folder / "train.csv", time.monotonic() + 60
+    path, deadline = folder / "train.csv", time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") > 7:
             break
         time.sleep(0.005)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert 7 <= len(rows(folder)) < LONG["steps"], f"it was not caught at work\n{err}"
     return process.returncode, out, err
 

@@ -13,6 +13,7 @@ import pytest
 
 import collect as module
 from collect import (
+    SHARES,
     CollectConfig,
     choose_walks,
     collect,
@@ -160,7 +161,7 @@ def test_folder_of_other_settings_is_refused(tiny_config, noise_folder, tmp_path
     shutil.copytree(noise_folder, dataset_folder(cfg))
     shutil.copytree(noise_folder, dataset_folder(medium))  # renamed by hand
     refused(medium, "other settings")
-    refused(other_goals(cfg, tmp_path), "other settings")
+    assert dataset_folder(other_goals(cfg, tmp_path)) != dataset_folder(cfg)
 
 
 def test_stopped_run_of_other_goals_is_not_continued(stopped, tmp_path):
@@ -290,16 +291,17 @@ def test_explore_pool_has_two_kinds(pool):
     assert not settled[:2000].any() and 0.1 < settled[2000:].mean() < 0.4
 
 
-def test_explore_walks_cross_the_goal_in_60_percent_and_by_chance(pool):
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
+def test_explore_walks_cross_the_goal_as_often_as_asked_and_by_chance(pool, share):
     rng = np.random.default_rng(1)
     for goal in ([0, 9], [5, 5], [9, 9]):
         crosses = (pool.after == goal).all(-1).any(-1)  # two kinds, 2000 each
-        pick = choose_walks(pool, goal, 2000, rng).reshape(2, 2000)
+        pick = choose_walks(pool, goal, 2000, rng, share).reshape(2, 2000)
         for kind in (0, 1):
             chance = crosses[2000 * kind : 2000 * (kind + 1)].mean()
             error = 0.5 / np.sqrt(2000)
-            assert crosses[pick[kind]].mean() == pytest.approx(0.6 + 0.4 * chance, abs=4 * error)
-            if chance:  # a kind that never crosses this goal borrows from the other
+            assert crosses[pick[kind]].mean() == pytest.approx(share + (1 - share) * chance, abs=4 * error)
+            if chance or not share:  # a kind that never crosses this goal borrows from the other
                 assert (pick[kind] // 2000 == kind).all()
 
 
@@ -309,9 +311,9 @@ def test_explore_dataset_has_all_three_kinds(tiny_config):
     pool = explore_pool(CELLS, 100, np.random.default_rng(0), size=1000)
     part = collect_darkroom_task(cfg, 0, goal, pool)
     returns = part["rewards"].sum(-1)
-    # 20 % nearly noiseless experts; 60 % of the rest cross the goal, some more by chance
-    assert 0.2 + 0.8 * 0.6 - 0.08 < (returns > 0).mean() < 0.95
-    assert 0.2 <= (returns > 0.8 * darkroom_optimum([goal])[0]).mean() < 0.3
+    own, crossing = SHARES["explore"]
+    assert own + (1 - own) * crossing - 0.08 < (returns > 0).mean() < 0.95  # some more cross it by chance
+    assert own <= (returns > 0.8 * darkroom_optimum([goal])[0]).mean() < own + 0.1
     half = (returns[:250] > 0).mean() - (returns[250:] > 0).mean()
     assert abs(half) < 0.2  # the kinds are shuffled
     assert len(np.unique(part["query_states"], axis=0)) == 100  # queries are anywhere in the room
@@ -342,7 +344,7 @@ def goal_given_away(walks_of):
 def test_explore_walks_without_reward_say_nothing_else_of_the_goal(pool):
     """The goal stays uniform over the cells that were not entered, although crossings are favoured."""
     rng = np.random.default_rng(2)
-    chi, z = goal_given_away(lambda goal: pool.after[choose_walks(pool, goal, 400, rng)])
+    chi, z = goal_given_away(lambda goal: pool.after[choose_walks(pool, goal, 400, rng, 0.6)])
     assert chi < 99 + 5 * np.sqrt(2 * 99)
     assert abs(z) < 4
 

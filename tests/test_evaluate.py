@@ -19,8 +19,9 @@ import checkpoint
 from config import parse
 from diagnostics import least_share, modality_counts, mutual_information, probe
 from envs import random_returns
-from evaluate import RandomPolicy, Settings, evaluate_run, interval, make_policy, play
+from evaluate import Settings, evaluate_run, interval, play
 from models import T2MIR
+from policies import RandomPolicy, make_policy
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
@@ -118,11 +119,13 @@ def test_the_random_policy_earns_its_expected_return():
 
 
 def watch(monkeypatch, lengths):
-    """Collect into `lengths` how many prompt tokens stand before each prediction of a model."""
+    """Collect into `lengths` how many tokens a model reads for each prediction, a DPT's query left out."""
     feed, forward = T2MIR.feed, T2MIR.forward
 
     def fed(self, tokens, cache, keep=True):
-        if self.cfg.backbone == "ad" or not keep:  # a query of DPT, or a step of AD
+        if self.cfg.backbone == "ad":
+            lengths.append(cache.length + tokens.shape[1])
+        elif not keep:  # the query
             lengths.append(cache.length)
         return feed(self, tokens, cache, keep)
 

@@ -9,7 +9,8 @@ import torch
 
 from data import Prompt, sample_dpt
 from envs import darkroom_expert
-from evaluate import ExactPosterior, play
+from evaluate import play
+from policies import ExactPosterior
 from posterior import CELLS, action_posterior, divergence, goal_posterior
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)

@@ -180,11 +180,11 @@ def torchrun(argv, cwd):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = start(argv, *launcher, cwd=cwd)
     try:
-        return process.communicate(timeout=60)
+        return process.communicate(timeout=180)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.communicate(timeout=60)
-        pytest.fail("the two processes still wait for each other after a minute")
+        pytest.fail("the two processes still wait for each other after three minutes")
 
 
 def test_two_processes_equal_one_with_twice_the_batch(fit, tiny_config, tmp_path):
