@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import command, contents, differing, rows, run, start, trainer, untimed
+from tiny import command, contents, differing, rows, run, start, tensors, trainer, untimed
 
 import checkpoint
 import train
@@ -144,6 +144,31 @@ def test_a_stop_between_two_rows_of_train_csv(fit, tmp_path, monkeypatch):
 def test_a_finished_run_has_nothing_to_continue(fit, few, copy):
     fit(copy, resume=True)
     assert differing(copy, few) == [] and untimed(copy) == untimed(few)
+
+
+# ---------------------------------------------------------------------------- another run's weights
+def test_init_starts_from_the_weights_of_another_run(fit, few, tmp_path, monkeypatch):
+    settings = {"init": few, "seed": 5, "steps": 4, "momentum": 1.0, "checkpoint_every": 3}
+    before, still = contents(few), fit(tmp_path / "still", lr=1e-9, **settings)
+    old, new = tensors(few), tensors(still)
+    for name in (name for name in old if name.startswith("model.")):
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
+    assert not torch.equal(new["random.batches"], old["random.batches"]) and contents(few) == before
+    want = fit(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        in_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit(tmp_path / "run", **settings)
+    assert differing(fit(tmp_path / "run", resume=True, **settings), want) == []  # it does not start over
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"init": "nowhere"}, "nowhere"), ({"width": 8}, "fit"), ({"layers": 1}, "fit")]
+)
+def test_init_refuses_weights_that_do_not_fit(fit, few, tmp_path, changes, named):
+    with pytest.raises(SystemExit, match=named) as end:
+        fit(tmp_path / "run", **{"init": few} | changes)
+    assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------- refusals

@@ -98,6 +98,19 @@ def test_play_gives_the_returns_of_a_script():
     assert got.shape == (4, 3) and script.rows == [4, 4, 4]
 
 
+def test_every_task_is_played_from_its_own_state():
+    class Walker(Script):
+        def act(self, states):  # task i walks i + 1 cells to the right and stays
+            return torch.where(states[:, 0] <= torch.arange(len(states)), RIGHT, STAY)
+
+    assert play("darkroom", [[1, 0], [2, 0], [3, 0], [9, 0]], Walker([], []), 2).tolist() == [
+        [100, 100],
+        [99, 99],
+        [98, 98],
+        [0, 0],
+    ]
+
+
 def test_policies_are_told_all_finished_episodes_in_order():
     script = Script([RIGHT], [UP, UP], [LEFT], [])
     play("darkroom", [[1, 0], [0, 2]], script, 4)

@@ -41,6 +41,7 @@ def cross_entropy(logits, label):
 
 
 def test_eq10_is_the_cross_entropy_of_each_steps_own_action():
+    """In every row: both draws of a task are imitated, the query's and the key's."""
     action, taken = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
     batch = ADBatch(Prompt(torch.zeros(2, 3, 2), taken, torch.zeros(2, 3)), torch.zeros(2))
     want = sum(cross_entropy(action[b, t], taken[b, t]) for b in range(2) for t in range(3)) / 6
