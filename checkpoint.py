@@ -64,7 +64,7 @@ def load_config(folder: str | Path) -> Config:
     settings = read_config(folder)
     known = {f.name for f in fields(Config)}
     try:
-        return Config(**{k: v for k, v in settings.items() if k in known})
+        return Config(**{k: v for k, v in settings.items() if k in known}).check()
     except TypeError as error:
         raise ValueError(f"{folder}/config.json is damaged ({error})") from None
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -192,6 +193,11 @@ def collect_darkroom_task(cfg: CollectConfig, index: int, goal, pool: Walks | No
 
 
 # -------------------------------------------------------------------------------------- the pipeline
+def progress(*args, **options) -> tqdm:
+    """A progress bar; a line every 30 s where nobody watches (a log file)."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+
+
 def write_atomically(path: Path, write) -> None:
     """`write(temporary path)`, then rename: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +244,7 @@ def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pool = explore_pool(train, spec.horizon, np.random.default_rng([cfg.seed, 0])) if cfg.recipe in SHARES else None
     hashes, returns = [], []
-    for index, goal in enumerate(tqdm(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
+    for index, goal in enumerate(progress(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
         path = folder / part_name(index)
         if not path.exists():
             save_part(path, collect_darkroom_task(cfg, index, goal, pool))

@@ -154,7 +154,8 @@ class Config:
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
-    def __post_init__(self):
+    def check(self) -> Config:
+        """Raises ValueError with one line for values that cannot be; returns itself."""
         spec, model = get_spec(self.env), self.model()  # both refuse what cannot be
         want = {
             "--steps must be at least 1": self.steps >= 1,
@@ -183,6 +184,7 @@ class Config:
         for complaint, fine in want.items():
             if not fine:
                 raise ValueError(complaint)
+        return self
 
     def model(self) -> ModelConfig:
         spec = get_spec(self.env)
@@ -287,4 +289,5 @@ def parse(argv: list[str] | None = None) -> Config:
     rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     rest.add_argument("--preset")
     _, argv = rest.parse_known_args(argv)
-    return tyro.cli(Config, default=default, args=argv, description=f"environments: {', '.join(SPECS)}")
+    description = f"environments: {', '.join(SPECS)}"
+    return tyro.cli(Config, default=default, args=argv, description=description).check()

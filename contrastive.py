@@ -95,7 +95,9 @@ class TaskRouter(nn.Module):
             query, key = query.mean(1), key.mean(1)
         if self.training and self.center:
             self.observe(h_bar)
-        return eq7_info_nce(gather(query), gather(key), self.w, gather(task))
+        if self.training:  # in eval mode one process looks alone: no collectives
+            query, key, task = gather(query), gather(key), gather(task)
+        return eq7_info_nce(query, key, self.w, task)
 
     @torch.no_grad()
     def observe(self, h_bar: Tensor) -> None:

@@ -17,6 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def resolve_device(name: str) -> torch.device:
+    """cpu, cuda, cuda:1, ...; `auto` is cuda if there is one. Raises ValueError for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
 def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import tyro
 from scipy.stats import bootstrap
-from tqdm import tqdm
 
 import checkpoint
-from collect import write_atomically
+from collect import progress, write_atomically
 from data import Prompt
+from distributed import resolve_device
 from envs import get_spec, make_batch, optimal_returns, random_returns
 from policies import Actions, ExactPosterior, Memory, make_policy
 
@@ -36,7 +36,7 @@ from policies import Actions, ExactPosterior, Memory, make_policy
 def play(env: str, tasks: list, policy, episodes: int, quiet: bool = True, title: str = "") -> np.ndarray:
     """Algorithms 2 and 4 on N tasks at once: the return of each task and episode, (N, episodes)."""
     batch, history, returns = make_batch(env, tasks), [], []
-    bar = tqdm(range(episodes), desc=title, unit="episode", disable=quiet)
+    bar = progress(range(episodes), desc=title, unit="episode", disable=quiet)
     for _ in bar:
         states = torch.from_numpy(batch.reset())
         policy.begin(history, len(tasks))
@@ -50,7 +50,7 @@ def play(env: str, tasks: list, policy, episodes: int, quiet: bool = True, title
             states = torch.from_numpy(following)
         history.append(Prompt(*(torch.stack(column, 1) for column in zip(*steps, strict=True))))
         returns.append(history[-1].rewards.sum(1).numpy())
-        bar.set_postfix_str(f"return {returns[-1].mean():.1f}")
+        bar.set_postfix_str(f"return {returns[-1].mean():.1f}", refresh=False)
     return np.stack(returns, 1)
 
 
@@ -140,7 +140,7 @@ def evaluate_run(
     folder = Path(folder)
     if min(episodes, history, repeats) < 1:
         raise ValueError("--episodes, --history and --repeats must be at least 1")
-    model, cfg, about, (mean, std) = checkpoint.load_model(folder, device)
+    model, cfg, about, (mean, std) = checkpoint.load_model(folder, resolve_device(device))
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats

@@ -28,11 +28,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import distributed
-from collect import collect, dataset_folder
+from collect import collect, dataset_folder, progress
 from config import FREE, Config, differences, parse
 from data import ADBatch, Dataset, DPTBatch, load_dataset, rows, sample_ad, sample_dpt
 from diagnostics import probe
@@ -115,7 +114,7 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional extra, checked by main()
 
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=step)
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def row(self, values: dict) -> None:
         self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
@@ -123,17 +122,6 @@ class Log:
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, values["step"])
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def open_run(cfg: Config) -> tuple[Path, bool]:
@@ -184,7 +172,7 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
 
     stopped = []  # the signal that asked for an end; the step in hand is finished first
     handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=cfg.steps, initial=state.step, desc=folder.name, unit="step", disable=not main)
+    bar = progress(total=cfg.steps, initial=state.step, desc=folder.name, unit="step", disable=not main)
     since, fresh, last_return = time.perf_counter(), 0, float("nan")
     started = since - state.seconds
     model.train()
@@ -242,7 +230,9 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
                 last_return = row["return_test"]
                 model.train()
             log.row(row)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s, return {last_return:.1f}")
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s, return {last_return:.1f}", refresh=False
+            )
             since, fresh = time.perf_counter(), 0
         if state.step % cfg.log_every == 0:
             state.sums = {}
@@ -261,7 +251,7 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
 def main(argv: list[str] | None = None) -> None:
     try:
         cfg = parse(argv)
-        device = distributed.start(resolve_device(cfg.device))
+        device = distributed.start(distributed.resolve_device(cfg.device))
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // distributed.world()))
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs the package: pip install 'tensorboard'")
