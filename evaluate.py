@@ -164,7 +164,8 @@ def evaluate_run(
     write_csv(target / f"{name}.csv", played, returns)
     title = f"{cfg.env}, {'T2MIR-' if cfg.moe != 'none' else ''}{cfg.backbone.upper()}, {split} tasks ({variant})"
     lines = {"optimum": optimum, "paper": paper, "random": floor}
-    draw_curve(target / f"{name}.png", title, returns, lines, ceiling, memory)
+    per_task = returns.reshape(repeats, len(tasks), -1).mean(0)  # repeats of a task are not further tasks
+    draw_curve(target / f"{name}.png", title, per_task, lines, ceiling, memory)
     row = {
         "env": cfg.env,
         "backbone": cfg.backbone,
