@@ -202,8 +202,11 @@ def write_atomically(path: Path, write) -> None:
     """`write(temporary path)`, then rename: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -260,7 +263,7 @@ def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
 if __name__ == "__main__":
     try:
         collect(tyro.cli(CollectConfig))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues with the parts that are missing") from None

@@ -175,7 +175,7 @@ class Config:
             ),
             "--lr and --clip must be positive": self.lr > 0 and self.clip > 0,
             "--warmup must not be negative": self.warmup >= 0,
-            "--momentum and --beta2 must be in [0, 1)": 0 <= self.momentum <= 1 and 0 <= self.beta2 < 1,
+            "--momentum must be in [0, 1], --beta2 in [0, 1)": 0 <= self.momentum <= 1 and 0 <= self.beta2 < 1,
             "loss weights must not be negative": min(self.w_contrastive, self.w_importance, self.w_load) >= 0,
             "--episodes, --history, --log-every and --checkpoint-every must be at least 1": (
                 min(self.episodes, self.history, self.log_every, self.checkpoint_every) >= 1
@@ -216,7 +216,8 @@ class Config:
         return self.run or f"runs/{self.env}-{self.backbone}-{self.moe}-{self.quality}-{self.preset}-s{self.seed}"
 
 
-# What may differ between a run and its continuation: nothing of this changes the weights.
+# What may differ between a run and its continuation: nothing of this changes the weights
+# (threads and device: but for rounding).
 FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "checkpoint_every", "log_every",
         "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard")  # fmt: skip
 

@@ -85,7 +85,7 @@ class TaskRouter(nn.Module):
 
     def contrast(self, h_bar: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, accuracy) of Eq. 7 over the batch: h_bar (B, D), or h (B, S, D) of every token, whose logits
-        are then averaged (the official code's form, `routing=token`).
+        are then averaged (the official code's form, `routing=token`). Zeros when every task was drawn once.
         """
         seen = self.normal(h_bar)
         with torch.no_grad():
@@ -97,6 +97,8 @@ class TaskRouter(nn.Module):
             self.observe(h_bar)
         if self.training:  # in eval mode one process looks alone: no collectives
             query, key, task = gather(query), gather(key), gather(task)
+        if len(task.unique()) == len(task):  # every task once: nothing to contrast
+            return query.new_zeros(()), query.new_zeros(())
         return eq7_info_nce(query, key, self.w, task)
 
     @torch.no_grad()

@@ -107,11 +107,16 @@ def write_csv(path: Path, tasks: list, returns: np.ndarray) -> None:
     write_atomically(path, write)
 
 
+def check_summary(path: Path) -> bool:
+    """Whether there is one already. Raises ValueError if that file has other columns."""
+    if path.exists() and path.read_text().splitlines()[:1] != [",".join(SUMMARY)]:
+        raise ValueError(f"{path} has other columns than a summary; move it away")
+    return path.exists()
+
+
 def append_summary(path: Path, row: dict) -> None:
     """One row a run. Raises ValueError if the file has other columns."""
-    exists = path.exists()
-    if exists and path.read_text().splitlines()[:1] != [",".join(SUMMARY)]:
-        raise ValueError(f"{path} has other columns than a summary; move it away")
+    exists = check_summary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
         out = csv.DictWriter(file, SUMMARY, lineterminator="\n")
@@ -132,7 +137,7 @@ def evaluate_run(
     results: str | None = None,
     device: str = "cpu",
 ) -> dict:
-    """Play a run's held-out tasks, write `returns.csv`, `curve.png` and a row of `summary.csv`, print the table.
+    """Play a run's held-out tasks, write returns (CSV), curve (PNG) and a row of `summary.csv`, print the table.
 
     `results` is the folder for these (default: the run's own, its summary beside the run). Returns the row.
     Raises ValueError with one line for a folder that is not a run.
@@ -144,6 +149,7 @@ def evaluate_run(
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
+    check_summary((folder.parent if results is None else Path(results)) / "summary.csv")  # before the work
     settings = Settings(actions, prompt, history)
     policy = make_policy(model, settings, seed, mean, std)
     returns = play(cfg.env, played, policy, episodes, quiet=False, title=f"evaluating on {len(tasks)} {split} tasks")
@@ -244,7 +250,7 @@ def main(
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; nothing was written") from None

@@ -176,7 +176,8 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     since, fresh, last_return = time.perf_counter(), 0, float("nan")
     started = since - state.seconds
     model.train()
-    while state.step < cfg.steps and not stopped:
+    asked = 0.0
+    while state.step < cfg.steps and not asked:
         rate = learning_rate(cfg, state.step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -209,8 +210,6 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         }
         asked = torch.tensor(float(bool(stopped)), device=device)  # if one process was told to stop, all do
         *values, asked = distributed.mean(torch.stack([*(v.detach().float() for v in terms.values()), asked])).tolist()
-        if asked and not stopped:
-            stopped.append(signal.SIGTERM)
         for name, value in zip(terms, values, strict=True):
             state.sums[name] = state.sums.get(name, 0.0) + value
         fresh += 1
@@ -236,16 +235,16 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
             since, fresh = time.perf_counter(), 0
         if state.step % cfg.log_every == 0:
             state.sums = {}
-        if main and (state.step % cfg.checkpoint_every == 0 or last or stopped):
+        if main and (state.step % cfg.checkpoint_every == 0 or last or asked):
             checkpoint.save(folder, state)
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stopped:
+    if asked:
         if main:
             print(f"stopped at step {state.step} of {cfg.steps}; the same command with --resume continues")
         distributed.stop()
-        raise SystemExit(128 + stopped[0])
+        raise SystemExit(128 + (stopped[0] if stopped else signal.SIGTERM))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,9 +254,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // distributed.world()))
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs the package: pip install 'tensorboard'")
-        if cfg.init:
-            checkpoint.load_weights(cfg.init, T2MIR(cfg.model()))  # refused now rather than after collecting
         folder, continued = open_run(cfg)
+        if cfg.init and not continued:
+            checkpoint.load_weights(cfg.init, T2MIR(cfg.model()))  # refused now rather than after collecting
         chief = distributed.rank() == 0
         if chief:
             print(f"preset {cfg.preset} on {device}, {torch.get_num_threads()} threads, run in {folder}")
@@ -270,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             played = {"episodes": cfg.episodes, "actions": cfg.actions, "prompt": cfg.prompt, "history": cfg.history}
             evaluate_run(folder, **played, device=str(device))
         distributed.stop()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:  # while collecting or evaluating; the training loop ends by itself
         raise SystemExit("stopped; the same command with --resume continues") from None

@@ -201,19 +201,20 @@ def test_dpt_labels_of_mixed_data_are_the_expert_s(recipe, request):
 @pytest.mark.parametrize(("short", "empty"), [(0.2, 0.3), (0.5, 0.0), (0.0, 0.4), (0.0, 0.0), (0.0, 1.0)])
 def test_dpt_shares_of_hidden_prompts(coded, short, empty):
     batch = sample_dpt(coded, 8, 2, 1, generator(), queries=2000, short=short, empty=empty)
-    visible, steps = batch.visible.flatten(), 2 * T
+    visible, steps, whole = batch.visible.flatten(), 2 * T, 1 - empty - short
     assert visible.min() >= 0 and visible.max() <= steps
     within = 4 * 0.5 / len(visible) ** 0.5
-    hidden, whole = (visible == 0).double().mean(), (visible == steps).double().mean()
-    assert hidden == pytest.approx(empty + short / (steps + 1), abs=within)
-    assert whole == pytest.approx(1 - empty - short * steps / (steps + 1), abs=within)
-    part = visible[(visible > 0) & (visible < steps)].double()
-    assert len(part) / len(visible) == pytest.approx(short * (steps - 1) / (steps + 1), abs=within)
+    assert (visible == 0).double().mean() == pytest.approx(empty + short / (steps + 1), abs=within)
+    for episodes in (1, 2):  # whole episodes, equally often
+        share = (visible == episodes * T).double().mean()
+        assert share == pytest.approx(whole / 2 + short / (steps + 1), abs=within)
+    part = visible[visible % T != 0].double()
+    assert len(part) / len(visible) == pytest.approx(short * (steps - 2) / (steps + 1), abs=within)
     if short:  # uniform between the ends
         assert part.mean() == pytest.approx(steps / 2, abs=4 * steps / 12**0.5 / len(part) ** 0.5)
-        assert part.unique().numel() == steps - 1
+        assert part.unique().numel() == steps - 2
     if not short and empty in (0, 1):  # exactly, not only on average
-        assert (visible == (0 if empty else steps)).all()
+        assert (visible == 0).all() if empty else ((visible % T == 0) & (visible > 0)).all()
 
 
 # ------------------------------------------------------------------------------------ damaged folders
