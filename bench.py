@@ -18,6 +18,7 @@ import os
 import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -202,8 +203,8 @@ def main(
         raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(MEASUREMENTS)}")
     found = []
     for name in [only] if only else MEASUREMENTS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(measure, ((name, threads or os.cpu_count() or 1),)))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found.append(pool.submit(measure, (name, threads or os.cpu_count() or 1)).result())
         values = [f"{k} {v:.4g}" for k, v in found[-1].items() if isinstance(v, float)]
         print(f"{name:<28}" + "   ".join(values), flush=True)
     if json_file:
