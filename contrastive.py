@@ -93,9 +93,9 @@ class TaskRouter(nn.Module):
         query = self.query(seen)
         if h_bar.dim() == 3:
             query, key = query.mean(1), key.mean(1)
-        if self.training and self.center:
-            self.observe(h_bar)
         if self.training:  # in eval mode one process looks alone: no collectives
+            if self.center:
+                self.observe(h_bar)
             query, key, task = gather(query), gather(key), gather(task)
         if len(task.unique()) == len(task):  # every task once: nothing to contrast
             return query.new_zeros(()), query.new_zeros(())

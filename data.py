@@ -151,17 +151,17 @@ def load_part(folder: Path, task: int, meta: dict, spec: EnvSpec) -> dict[str, n
     for name, array in part.items():
         if array.shape != want[name]:
             raise ValueError(f"{path}: {name} has shape {array.shape}, not {want[name]}; {again}")
-        ids = (name.endswith("states") and spec.state_values) or (name.endswith("actions") and spec.discrete_actions)
-        if array.dtype.kind not in ("ui" if ids else "uif"):
-            raise ValueError(f"{path}: {name} has type {array.dtype}, not {'whole ' if ids else ''}numbers; {again}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite; {again}")
-        limits = None
+        limits = None  # of ids; None: any finite number
         if name.endswith("states") and spec.state_values:
             limits = np.array(spec.state_values)
         if name.endswith("actions") and spec.discrete_actions:
             limits = spec.action_dim
-        if limits is not None and ((array < 0) | (array >= limits)).any():
+        ids = limits is not None
+        if array.dtype.kind not in ("ui" if ids else "uif"):
+            raise ValueError(f"{path}: {name} has type {array.dtype}, not {'whole ' if ids else ''}numbers; {again}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite; {again}")
+        if ids and ((array < 0) | (array >= limits)).any():
             raise ValueError(f"{path}: {name} holds ids outside the environment's range; {again}")
     return part
 

@@ -149,7 +149,13 @@ def evaluate_run(
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
-    check_summary((folder.parent if results is None else Path(results)) / "summary.csv")  # before the work
+    variant = f"{actions}" + (f"-{prompt}" if cfg.backbone == "dpt" else f"-history{history}")
+    if results is None:
+        target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
+    else:
+        target, name = Path(results), f"{folder.resolve().name}-{split}-{variant}"
+        summary = target / "summary.csv"
+    check_summary(summary)  # before the work
     settings = Settings(actions, prompt, history)
     policy = make_policy(model, settings, seed, mean, std)
     returns = play(cfg.env, played, policy, episodes, quiet=False, title=f"evaluating on {len(tasks)} {split} tasks")
@@ -161,12 +167,6 @@ def evaluate_run(
         ceiling = play(cfg.env, tasks * 20, ExactPosterior(memory, seed=seed), episodes).mean(0)
     curve = returns.mean(0)
     last = min(5, episodes)
-    variant = f"{actions}" + (f"-{prompt}" if cfg.backbone == "dpt" else f"-history{history}")
-    name = folder.resolve().name
-    if results is None:
-        target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
-    else:
-        target, summary, name = Path(results), Path(results) / "summary.csv", f"{name}-{split}-{variant}"
     write_csv(target / f"{name}.csv", played, returns)
     title = f"{cfg.env}, {'T2MIR-' if cfg.moe != 'none' else ''}{cfg.backbone.upper()}, {split} tasks ({variant})"
     lines = {"optimum": optimum, "paper": paper, "random": floor}

@@ -184,7 +184,7 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         batch = sample(dataset, cfg, rng).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             output = runner(batch)
-        imitation = imitation_loss(output, batch, cfg.model().discrete_actions)  # Eq. 10 or 11
+        imitation = imitation_loss(output, batch, model.cfg.discrete_actions)  # Eq. 10 or 11
         loss = imitation + output.balance + cfg.w_contrastive * output.contrastive  # Alg. 1 l. 14, Alg. 3 l. 21
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
