@@ -4,7 +4,8 @@
     python bench.py --json results/bench.json
     python bench.py --only ad-darkroom-train --threads 1
 
-in : nothing        out: one object a measurement: name, tokens_per_s | seconds, ceiling_share, peak_gb, threads, torch
+in : nothing        out: one object a measurement: name, tokens_per_s | seconds | env_steps_per_s | updates_per_s,
+                         ceiling_share, peak_gb, threads, torch
 `ceiling_share` is the share of the machine's own float32 matrix-product rate, measured in the same process,
 that the products of the step (attention's causal half included, nothing else counted) amount to. Every
 measurement runs in a process of its own, so `peak_gb` is its peak, interpreter and libraries included.
@@ -19,25 +20,33 @@ import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
-from collect import write_atomically
 from config import Config, preset_values
 from data import ADBatch, DPTBatch, Prompt
+from envs import SPECS, get_spec, make_batch, make_env, sample_tasks
 from evaluate import play
+from files import write_atomically
 from models import T2MIR, ModelConfig
 from moe import Experts
 from policies import ADPolicy
 from router import Routing, eq1_top_k_gate
+from sac import Replay, SACConfig, StackedSAC
 from train import imitation_loss, make_optimizer
 
 # the batches that published timings of the official code used on a machine of two cores
-BATCH = {"ad": 8, "dpt": 32}
+BATCH = {
+    ("darkroom", "ad"): 8, ("darkroom", "dpt"): 32, ("point-robot", "ad"): 32, ("point-robot", "dpt"): 32,
+    ("cheetah-vel", "ad"): 4, ("cheetah-vel", "dpt"): 32,
+}  # fmt: skip
 
 
 def timed(work, repeats: int = 5, warm: int = 2) -> float:
@@ -74,32 +83,36 @@ def step_flops(cfg: ModelConfig, batch: int, tokens: int, read: int) -> float:
     return 2.0 * 3 * batch * products
 
 
-def paper(backbone: str, **changes) -> Config:
-    return Config(backbone=backbone, preset="paper", **{**preset_values("paper", "darkroom", backbone), **changes})
+def paper(env: str, backbone: str, **changes) -> Config:
+    return Config(env=env, backbone=backbone, preset="paper", **{**preset_values("paper", env, backbone), **changes})
 
 
 def random_batch(cfg: Config, batch: int) -> ADBatch | DPTBatch:
-    n = cfg.prompt_length
-    prompt = Prompt(
-        torch.randint(10, (batch, n, 2)), torch.randint(5, (batch, n)), (torch.rand(batch, n) < 0.3).float()
-    )
+    n, model = cfg.prompt_length, cfg.model()
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.randint(10, (*shape, 2)) if model.state_values else torch.randn(*shape, model.state_dim)
+
+    def actions(*shape: int) -> torch.Tensor:
+        return torch.randint(5, shape) if model.discrete_actions else 2 * torch.rand(*shape, model.action_dim) - 1
+
+    prompt = Prompt(states(batch, n), actions(batch, n), (torch.rand(batch, n) < 0.3).float())
     task = torch.arange(batch // 2).repeat_interleave(2)
     if cfg.backbone == "ad":
         return ADBatch(prompt, task)
-    return DPTBatch(
-        prompt, task, torch.randint(10, (batch, 1, 2)), torch.randint(5, (batch, 1)), torch.full((batch, 1), n)
-    )
+    return DPTBatch(prompt, task, states(batch, 1), actions(batch, 1), torch.full((batch, 1), n))
 
 
-def train_step(backbone: str, **changes) -> dict:
+def train_step(env: str, backbone: str, **changes) -> dict:
     """One optimiser step as train.py does it."""
-    cfg = paper(backbone, **changes)
+    cfg, rows = paper(env, backbone, **changes), BATCH[env, backbone]
     model = T2MIR(cfg.model())
-    optimizer, batch = make_optimizer(model, cfg), random_batch(cfg, BATCH[backbone])
+    optimizer, batch = make_optimizer(model, cfg), random_batch(cfg, rows)
 
     def step() -> None:
         output = model(batch)
-        loss = imitation_loss(output, batch, True) + output.balance + cfg.w_contrastive * output.contrastive
+        imitation = imitation_loss(output, batch, model.cfg.discrete_actions)
+        loss = imitation + output.balance + cfg.w_contrastive * output.contrastive
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -110,13 +123,13 @@ def train_step(backbone: str, **changes) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the ceiling's matrices
     tokens = 3 * cfg.prompt_length + (backbone == "dpt")
     read = cfg.prompt_length + (backbone == "dpt")
-    share = step_flops(cfg.model(), BATCH[backbone], tokens, read) / seconds / ceiling()
-    return {"tokens_per_s": BATCH[backbone] * tokens / seconds, "ceiling_share": share, "peak_gb": peak}
+    share = step_flops(cfg.model(), rows, tokens, read) / seconds / ceiling()
+    return {"tokens_per_s": rows * tokens / seconds, "ceiling_share": share, "peak_gb": peak}
 
 
 def evaluation_episode() -> dict:
     """Algorithm 2 at paper size: 20 tasks, an episode of 100 steps behind a history of 4."""
-    cfg = paper("ad", routing="prefix")
+    cfg = paper("darkroom", "ad", routing="prefix")
     policy = ADPolicy(T2MIR(cfg.model()), keep=4)
     tasks = [[i % 10, i // 2] for i in range(20)]
     play("darkroom", tasks, policy, 5)  # fills the history; the fifth episode already has four behind it
@@ -171,14 +184,116 @@ def dispatch(way: str) -> dict:
     return {"seconds": timed(lambda: call(experts, x, routing).sum().backward(), 20, 5)}
 
 
+# ------------------------------------------------------------------------------ environments and experts
+def env_steps(env: str, way: str, rows: int = 20, steps: int = 60) -> dict:
+    """Steps a second of `rows` tasks with random actions, on one core (but for `threads` and `processes`)."""
+    tasks = sample_tasks(env, rows, np.random.default_rng(0))
+    actions = np.random.default_rng(0).uniform(-1, 1, (rows, get_spec(env).action_dim)).astype(np.float32)
+    if way == "plain":
+        envs = [make_env(env, task) for task in tasks]
+        for each in envs:
+            each.reset(seed=0)
+
+        def step() -> None:
+            for each, action in zip(envs, actions, strict=True):
+                _, _, _, ended, _ = each.step(action)
+                if ended:
+                    each.reset()
+    elif way in ("sync", "async"):
+        kind = gym.vector.SyncVectorEnv if way == "sync" else gym.vector.AsyncVectorEnv
+        envs = kind([partial(make_env, env, task) for task in tasks])
+        envs.reset(seed=0)
+
+        def step() -> None:
+            envs.step(actions)
+    else:
+        options = {"threads": os.cpu_count()} if way == "threads" else {}
+        envs = type(make_batch(env, tasks[:1]))(tasks, 0, **options)
+        envs.reset()
+
+        def step() -> None:
+            envs.step(actions)
+
+    seconds = timed(lambda: [step() for _ in range(steps)], 5, 1)
+    if way in ("sync", "async"):
+        envs.close()
+    return {"env_steps_per_s": rows * steps / seconds}
+
+
+def sac_flops(hidden: int, batch: int) -> float:
+    """Products of the middle layers in one update of one task: a forward pass counts one, a whole backward pass two,
+    one that goes through to the input alone one: 1 + 2 for the goal, 2 * 3 for the critics, 3 + 2 * 2 for the actor.
+    """
+    return 16 * 2.0 * batch * hidden**2
+
+
+def sac_stacked(job: tuple[int, int]) -> float:
+    """Updates a second, summed over ten tasks, of one process."""
+    hidden, seconds = job
+    torch.set_num_threads(1)
+    cfg = SACConfig(1000, 0, 1000, hidden=hidden)
+    agents, rng = StackedSAC(10, 20, 6, cfg, 0), torch.Generator().manual_seed(0)
+    replay = Replay(10, 1000, 20, 6)
+    for _ in range(1000):
+        replay.add(torch.randn(10, 20), torch.rand(10, 6), torch.randn(10), torch.randn(10, 20))
+
+    def update() -> None:
+        noise = torch.randn(2, 10, cfg.batch, 6, generator=rng)
+        agents.update(*replay.sample(cfg.batch, rng), noise)
+
+    return 10 * rate(update, seconds)
+
+
+def sac_sb3(job: tuple[int, int]) -> float:
+    """Updates a second of one process of stable-baselines3 with the same sizes."""
+    from stable_baselines3 import SAC
+
+    hidden, seconds = job
+    torch.set_num_threads(1)
+    options = {
+        "learning_starts": 900,
+        "buffer_size": 1000,
+        "ent_coef": 0.2,
+        "policy_kwargs": {"net_arch": [hidden] * 2},
+    }
+    model = SAC("MlpPolicy", make_env("cheetah-vel", [1.0]), device="cpu", **options)
+    model.learn(1000)
+    return 10 * rate(lambda: model.train(10, 256), seconds)
+
+
+def rate(work, seconds: float) -> float:
+    """Calls a second."""
+    work()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        calls += 1
+    return calls / (time.perf_counter() - start)
+
+
+def sac_updates(way, hidden: int) -> dict:
+    """A process on every core, as collection runs them."""
+    cores = os.cpu_count() or 1
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        updates = sum(pool.map(way, [(hidden, 10)] * cores))
+    return {"updates_per_s": updates, "ceiling_share": updates * sac_flops(hidden, 256) / ceiling()}
+
+
+CONTINUOUS = [name for name, spec in SPECS.items() if spec.state_values is None and name != "cheetah-vel-3cluster"]
 MEASUREMENTS = {
-    "ad-darkroom-train": lambda: train_step("ad"),
-    "ad-darkroom-train-prefix": lambda: train_step("ad", routing="prefix"),
-    "ad-darkroom-train-none": lambda: train_step("ad", moe="none"),
-    "dpt-darkroom-train": lambda: train_step("dpt"),
-    "dpt-darkroom-train-none": lambda: train_step("dpt", moe="none"),
+    **{f"{b}-{env}-train": partial(train_step, env, b) for env, b in BATCH},
+    "ad-darkroom-train-prefix": partial(train_step, "darkroom", "ad", routing="prefix"),
+    **{f"{b}-darkroom-train-none": partial(train_step, "darkroom", b, moe="none") for b in ("ad", "dpt")},
     "ad-darkroom-eval-episode": evaluation_episode,
-    **{f"dispatch-{way}": (lambda way=way: dispatch(way)) for way in ("sorted", "dense", "mask", "grouped")},
+    **{f"dispatch-{way}": partial(dispatch, way) for way in ("sorted", "dense", "mask", "grouped")},
+    **{f"env-{env}-{way}": partial(env_steps, env, way) for env in CONTINUOUS for way in ("plain", "batched")},
+    **{
+        f"env-{env}-{way}": partial(env_steps, env, way)
+        for env in ("cheetah-vel", "walker-param")
+        for way in ("sync", "async", "threads")
+    },
+    **{f"sac-{hidden}-stacked": partial(sac_updates, sac_stacked, hidden) for hidden in (128, 256)},
+    **{f"sac-{hidden}-sb3": partial(sac_updates, sac_sb3, hidden) for hidden in (128, 256)},
 }
 
 

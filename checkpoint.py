@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from collect import write_atomically
 from config import Config
 from envs import check_tasks
+from files import write_atomically
 from models import T2MIR
 
 FILE = "checkpoint.safetensors"
@@ -40,8 +40,8 @@ class State:
     sums: dict[str, float] = field(default_factory=dict)  # logged terms since the last row of train.csv
 
 
-def write_config(folder: Path, cfg: Config, tasks: dict[str, list]) -> None:
-    """config.json: all settings, and the tasks trained on and held out."""
+def write_config(folder: Path, cfg: Config, tasks: dict) -> None:
+    """config.json: all settings, the tasks trained on and held out, and reference returns where data have them."""
     text = json.dumps({"format": FORMAT, **asdict(cfg), "task_split": tasks}, indent=1)
     write_atomically(folder / "config.json", lambda path: path.write_text(text))
 
@@ -76,6 +76,12 @@ def read_tasks(folder: str | Path) -> dict[str, list]:
     if not isinstance(split, dict) or not all(split.get(k) for k in ("train", "test")):
         raise ValueError(f"{folder}/config.json names no tasks")
     return {k: check_tasks(settings["env"], split[k]) for k in ("train", "test")}
+
+
+def read_reference(folder: str | Path, split: str) -> dict[str, list[float]] | None:
+    """{"random": ..., "expert": ...} of each task of a split, if the run's dataset knew them."""
+    known = (read_config(folder)["task_split"].get("reference") or {}).get(split)
+    return known if isinstance(known, dict) and known.get("random") and known.get("expert") else None
 
 
 def save(folder: Path, state: State) -> None:

@@ -1,24 +1,12 @@
 """collect.py: offline datasets (paper App. D.2, Algorithm 3 lines 1-6).
 
-in : environment, quality, recipe, seed         out: a dataset folder that data.py reads
-Read after envs.py, before data.py.             Try: python collect.py --env darkroom
+in : environment, quality, seed                 out: a dataset folder that data.py reads
+Read after envs.py, before data.py.             Try: python collect.py --env point-robot --quality medium
 
-DarkRoom's expert walks along x, then y, then stays. In episode i of a task it acts at random with
-probability eps_i, which falls from 1 to 0 ("progressively reducing the noise"). Qualities:
-
-    mixed          every eps from 1 to 0                              queries labelled by eps = 0
-    medium-expert  those eps whose exact expected return is < 80 %    ... by the 80 % expert
-    medium         those < 50 % of the expert's                       ... by the 50 % expert
-
-Differs from the paper (a switch): `--recipe noise` is the paper's data. A prompt rolled out by a task's
-own noisy expert gives the goal away through its *actions*, which a policy's own rollouts never do; a
-DPT that reads them learns nothing of rewards. `--recipe explore` adds what Sec. 3.1 allows, "arbitrary
-behaviour policies": 45 % walks towards a fresh random goal at every step, 45 % noisy experts of other
-goals, 10 % this task's nearly noiseless expert; rewards are always this task's. Rewarded prompts that
-merely pass the goal decide at test time and are rare, so a quarter of the first two kinds is chosen to
-cross it. That choice does not bias a prompt without rewards: there the goal stays uniform over all cells
-that were not visited. `--recipe wander` is the same with 5 % experts and no chosen crossings: prompts of many
-episodes without a reward, in which only the corners are left, are then not rare.
+Who makes the data is said elsewhere: DarkRoom's noisy expert in collect_darkroom.py; one policy a task, trained by
+SAC or PPO and rolled out at all stages of its training, in experts.py. Training experts is most of the work; it is
+kept in `datasets/experts/` and serves all three qualities. Here: what is kept, in which order, and how a stopped
+run goes on. Tasks are independent: they run in `--workers` processes or, with `--cluster`, on Ray.
 """
 
 from __future__ import annotations
@@ -26,23 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
-from tqdm import tqdm
+import torch
 
+import collect_darkroom
 from data import FORMAT, file_hash, load_part, part_name, read_meta
-from envs import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return, get_spec, split_tasks
+from envs import get_spec, split_tasks
+from experts import ExpertConfig, Experts, describe, make_part, parts_of, train_experts
+from files import need_space, only_writer, progress, save_arrays, write_atomically
+from jobs import check_cluster, run_jobs
 
 Quality = Literal["mixed", "medium-expert", "medium"]
-Recipe = Literal["noise", "explore", "wander"]
-# share of the task's own expert; share of the other walks that is chosen to cross the goal
-SHARES = {"explore": (0.1, 0.25), "wander": (0.05, 0.0)}
-LEVEL = {"mixed": 1.0, "medium-expert": 0.8, "medium": 0.5}  # share of the expert's return
+Recipe = Literal["paper", "explore", "wander"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +40,16 @@ class CollectConfig:
     """Task family."""
     quality: Quality = "mixed"
     """App. D.2: which stages of the expert's training make the data."""
-    recipe: Recipe = "noise"
-    """noise: the task's own expert with falling noise (paper). explore, wander: others', which do not know the goal."""
+    recipe: Recipe = "paper"
+    """paper: the task's own expert. explore, wander: mostly others', which do not know the task."""
     episodes: int = 200
     """Episodes of each training task."""
     queries: int = 1000
     """Labelled query states of each task (DPT)."""
+    train_tasks: int = 0
+    """Training tasks; 0: the paper's number."""
+    test_tasks: int = 0
+    """Held-out tasks; 0: the paper's number."""
     task_seed: int = 56
     """Seed of the train/test split."""
     seed: int = 0
@@ -68,201 +59,204 @@ class CollectConfig:
     folder: str = "datasets"
     """Where dataset folders are kept."""
 
+    # experts (Tables 2 and 3); 0: the paper's
+    expert_steps: int = 0
+    """Environment steps of each task's SAC or PPO."""
+    expert_save_every: int = 0
+    """Steps between its checkpoints."""
+    expert_warmup: int = 0
+    """SAC: first steps, random and without updates."""
+    expert_hidden: int = 0
+    """SAC: hidden units of a layer."""
+    expert_batch: int = 0
+    """Rows of an update."""
+    expert_lr: float = 0.0
+    """Learning rate of the experts."""
+    expert_alpha: float = 0.0
+    """SAC: entropy ratio."""
+    expert_seed: int = 0
+    """Seed of the experts' training."""
+    expert_group: int = 10
+    """SAC: tasks trained in one stack."""
+
+    # where (nothing of this changes the bytes, but for rounding on another device)
+    workers: int = 0
+    """Local processes; 0: one a core."""
+    cluster: str | None = None
+    """Address of a Ray cluster instead (`auto`, `local`, host:port)."""
+    expert_device: str = "cpu"
+    """SAC's networks on cpu or cuda."""
+
+    def experts(self) -> ExpertConfig | None:
+        """Settings of the experts, where there are any. Raises ValueError for ones that cannot be."""
+        if get_spec(self.env).expert == "rule":
+            if any(getattr(self, name) for name in vars(self) if name.startswith("expert_") and name not in _FIXED):
+                raise ValueError(f"{self.env}'s expert is a rule: it has no --expert-... settings")
+            return None
+        if self.recipe == "wander" or (self.recipe == "explore" and get_spec(self.env).expert == "ppo"):
+            why = (
+                "its queries are labelled by whoever acted" if self.recipe == "explore" else "it is for darkroom alone"
+            )
+            raise ValueError(f"--recipe {self.recipe} is not for {self.env}: {why}")
+        names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha", "seed", "group")
+        found = ExpertConfig(self.env, **{name: getattr(self, f"expert_{name}") for name in names})
+        found.algorithm()
+        return found
+
+    def split(self) -> tuple[list, list]:
+        return split_tasks(self.env, self.task_seed, self.tasks, self.train_tasks, self.test_tasks)
+
+
+_FIXED = ("expert_seed", "expert_group", "expert_device")
+_WHERE = ("folder", "tasks", "workers", "cluster", "expert_device")
+
+
+def settings_of(cfg: CollectConfig) -> dict:
+    """What fixes the bytes, tasks aside."""
+    found = {k: v for k, v in asdict(cfg).items() if k not in _WHERE}
+    experts = cfg.experts()
+    if experts is None:
+        return {k: v for k, v in found.items() if not k.startswith("expert_")}
+    return found | {"algorithm": json.loads(json.dumps(asdict(experts.algorithm())))}
+
 
 def dataset_folder(cfg: CollectConfig) -> Path:
-    """One folder for each setting that changes the bytes; a list of tasks is named by its hash.
+    """One folder for each setting that changes the bytes; whatever its name does not say is in a hash.
 
-    Raises ValueError for a bad task file.
+    Raises ValueError for a bad task file and for impossible settings.
     """
-    name = f"{cfg.env}-{cfg.quality}-{cfg.recipe}-e{cfg.episodes}-q{cfg.queries}-t{cfg.task_seed}-s{cfg.seed}"
-    if cfg.tasks:
-        split = split_tasks(cfg.env, cfg.task_seed, cfg.tasks)
-        name += f"-{hashlib.sha256(json.dumps(split).encode()).hexdigest()[:8]}"
+    name = f"{get_spec(cfg.env).name}-{cfg.quality}-{cfg.recipe}"
+    name += f"-e{cfg.episodes}-q{cfg.queries}-t{cfg.task_seed}-s{cfg.seed}"
+    if cfg.tasks or cfg.train_tasks or cfg.test_tasks or cfg.experts():
+        about = json.dumps([settings_of(cfg), cfg.split()])
+        name += f"-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
     return Path(cfg.folder) / name
 
 
-# ---------------------------------------------------------------------------------------- behaviours
-def noise_levels(goal, quality: Quality, episodes: int) -> np.ndarray:
-    """eps of each episode (E,): 1 falling linearly to that of the quality's level over the first 90 %."""
-    lowest = 0.0
-    if quality != "mixed":
-        grid = np.linspace(0, 1, 101)
-        curve = darkroom_noisy_return([goal], grid)[0]
-        lowest = grid[curve < LEVEL[quality] * curve[0]].min()  # the first level below the threshold
-    return np.linspace(1, lowest, max(1, round(0.9 * episodes))).take(np.arange(episodes), mode="clip")
+def check(cfg: CollectConfig) -> None:
+    """Raises ValueError with one line for settings that cannot be, before any work."""
+    if cfg.episodes < 5 or cfg.queries < 1:
+        raise ValueError("--episodes must be at least 5 and --queries at least 1")
+    if cfg.workers < 0:
+        raise ValueError("--workers must not be negative (0: one a core)")
+    check_cluster(cfg.cluster)
+    cfg.experts()
+    if cfg.expert_device != "cpu":
+        from distributed import resolve_device
 
-
-def label_noise(goal, quality: Quality) -> float:
-    """eps of the expert that labels queries: the one at 100, 80 or 50 % performance (App. D.2)."""
-    return float(noise_levels(goal, quality, 2)[-1])
-
-
-def walk(first_goals: np.ndarray, eps: np.ndarray, horizon: int, rng: np.random.Generator, redraw: bool = False):
-    """Roll out M noisy experts at once: states (M, T, 2), actions (M, T), cells after each move (M, T, 2).
-
-    `first_goals` (M, 2) and `eps` (M,); `redraw` gives every walker a fresh random goal at every step.
-    """
-    many = len(eps)
-    cells, goals = np.zeros((many, 2), np.int64), first_goals
-    states, actions = np.empty((many, horizon, 2), np.uint8), np.empty((many, horizon), np.uint8)
-    after = np.empty_like(states)
-    for t in range(horizon):
-        if redraw:
-            goals = rng.integers(SIDE, size=(many, 2))
-        act = np.where(rng.random(many) < eps, rng.integers(5, size=many), darkroom_expert(cells, goals))
-        states[:, t], actions[:, t] = cells, act
-        cells = darkroom_move(cells, act)
-        after[:, t] = cells
-    return states, actions, after
-
-
-@dataclass
-class Walks:
-    """M rollouts that know no task, and which cells each of them entered."""
-
-    states: np.ndarray  # (M, T, 2) uint8
-    actions: np.ndarray  # (M, T) uint8
-    after: np.ndarray  # (M, T, 2) uint8, the cell that each step led to
-    entered: np.ndarray  # (M, 100) bool
-
-    @classmethod
-    def of(cls, states, actions, after) -> Walks:
-        entered = np.zeros((len(states), SIDE**2), bool)
-        entered[np.arange(len(states))[:, None], after.astype(np.int64) @ [SIDE, 1]] = True
-        return cls(states, actions, after, entered)
-
-
-def explore_pool(train_tasks, horizon: int, rng: np.random.Generator, size: int = 20000) -> Walks:
-    """Two kinds of them, M = `size` each: towards a fresh random goal at every step; then noisy experts of
-    random training goals.
-    """
-    goals = np.asarray(train_tasks)[rng.integers(len(train_tasks), size=size)]
-    redrawn = walk(goals, np.zeros(size), horizon, rng, redraw=True)
-    noisy = walk(goals, rng.random(size), horizon, rng)
-    return Walks.of(*(np.concatenate(pair) for pair in zip(redrawn, noisy, strict=True)))
-
-
-def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float) -> np.ndarray:
-    """Indices (2 * count,) of `count` walks of each kind; a share `crossing` is drawn from those that enter the goal.
-
-    A kind that never entered it (the first one, for far corners) borrows from the other.
-    """
-    size = len(pool.states) // 2
-    hits = np.flatnonzero(pool.entered[:, int(np.asarray(goal) @ [SIDE, 1])])
-    chosen = []
-    for kind in range(2):
-        own = hits[hits // size == kind]
-        own = own if len(own) else hits
-        pick = kind * size + rng.integers(size, size=count)
-        if len(own):
-            pick = np.where(rng.random(count) < crossing, own[rng.integers(len(own), size=count)], pick)
-        chosen.append(pick)
-    return np.concatenate(chosen)
-
-
-def collect_darkroom_task(cfg: CollectConfig, index: int, goal, pool: Walks | None) -> dict[str, np.ndarray]:
-    """The arrays of one training task; its random stream depends on the seed and the task alone."""
-    spec = get_spec(cfg.env)
-    rng = np.random.default_rng([cfg.seed, 1, index])
-    goal = np.asarray(goal)
-    own = noise_levels(goal, cfg.quality, cfg.episodes)
-    if cfg.recipe in SHARES:
-        own_share, crossing = SHARES[cfg.recipe]
-        free = int((1 - own_share) / 2 * cfg.episodes)
-        best = own.min() + 0.1 * rng.random(cfg.episodes - 2 * free)  # nearly noiseless for the quality
-        expert = walk(np.broadcast_to(goal, (len(best), 2)), best, spec.horizon, rng)
-        pick = choose_walks(pool, goal, free, rng, crossing)
-        walks = (pool.states[pick], pool.actions[pick], pool.after[pick])
-        states, actions, after = (np.concatenate(pair) for pair in zip(walks, expert, strict=True))
-        mixed = rng.permutation(cfg.episodes)
-        states, actions, after = states[mixed], actions[mixed], after[mixed]
-        queries = rng.integers(SIDE, size=(cfg.queries, 2))  # anywhere in the room
-    else:
-        states, actions, after = walk(np.broadcast_to(goal, (cfg.episodes, 2)), own, spec.horizon, rng)
-        visited = states.reshape(-1, 2)
-        queries = visited[rng.integers(len(visited), size=cfg.queries)].astype(np.int64)
-    noisy = rng.random(cfg.queries) < label_noise(goal, cfg.quality)
-    labels = np.where(noisy, rng.integers(5, size=cfg.queries), darkroom_expert(queries, goal))
-    return {
-        "states": states,
-        "actions": actions,
-        "rewards": (after == goal).all(-1).astype(np.float32),
-        "query_states": queries.astype(np.uint8),
-        "query_actions": labels.astype(np.uint8),
-    }
-
-
-# -------------------------------------------------------------------------------------- the pipeline
-def progress(*args, **options) -> tqdm:
-    """A progress bar; a line every 30 s where nobody watches (a log file)."""
-    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then rename: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
+        resolve_device(cfg.expert_device)
 
 
 def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
     """Write the dataset folder of `cfg`, or finish one that was stopped. Returns the folder.
 
-    Parts that exist are kept as they are if they are whole. Raises ValueError with one line for bad settings.
+    Parts that exist are kept as they are if they are whole. Raises ValueError with one line for bad settings, a
+    damaged part, a full disk, or a folder that another process is writing.
     """
-    spec = get_spec(cfg.env)
-    if cfg.episodes < 5 or cfg.queries < 1:
-        raise ValueError("--episodes must be at least 5 and --queries at least 1")
-    train, test = split_tasks(cfg.env, cfg.task_seed, cfg.tasks)
-    folder = dataset_folder(cfg)
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("folder", "tasks")}
+    check(cfg)
+    spec, (train, test), folder = get_spec(cfg.env), cfg.split(), dataset_folder(cfg)
     meta = {
         "format": FORMAT,
-        **settings,
+        **settings_of(cfg),
         "horizon": spec.horizon,
         "train_tasks": train,
         "test_tasks": test,
-        "sha256": [],
     }
     known = [None] * len(train)  # checksums of a dataset that was complete once
     if (folder / "meta.json").exists():
         old = read_meta(folder)
-        if {**old, "sha256": []} != meta:
+        if any(old.get(key) != value for key, value in meta.items()):
             raise ValueError(f"{folder} holds a dataset of other settings or tasks; use another --folder or remove it")
         known = old["sha256"]
         if all((folder / part_name(i)).exists() for i in range(len(train))):
             return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    pool = explore_pool(train, spec.horizon, np.random.default_rng([cfg.seed, 0])) if cfg.recipe in SHARES else None
-    hashes, returns = [], []
-    for index, goal in enumerate(progress(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
-        path = folder / part_name(index)
-        if not path.exists():
-            save_part(path, collect_darkroom_task(cfg, index, goal, pool))
-        hashes.append(known[index] or file_hash(path))
-        returns.append(load_part(folder, index, {**meta, "sha256": hashes}, spec)["rewards"].sum(-1))
-    meta["sha256"] = hashes
-    write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+    row = spec.state_dim + (1 if spec.discrete_actions else spec.action_dim) + 1
+    need_space(folder, len(train) * cfg.episodes * spec.horizon * row * (4 if spec.state_values is None else 1))
+    experts = cfg.experts()
+    with only_writer(folder):
+        if experts is None:
+            found = {}
+            make_darkroom(cfg, train, folder, quiet)
+        else:
+            found = make_from_experts(cfg, experts, train, test, folder, quiet)
+        hashes, returns = [], []
+        for index in range(len(train)):
+            hashes.append(known[index] or file_hash(folder / part_name(index)))
+            returns.append(load_part(folder, index, {**meta, "sha256": hashes}, spec)["rewards"].sum(-1))
+        if experts is not None:
+            found["maximum"] = maximum(found, np.array(returns))
+        meta |= found | {"sha256": hashes}
+        write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
     if not quiet:
         print(f"{folder}: {len(train)} tasks x {cfg.episodes} episodes, return {np.mean(returns):.1f} on average")
+        if experts is not None:
+            best, highest = (100 * np.mean(found[name]) for name in ("best_level", "maximum"))
+            print(f"random 0, Mixed's best 100 %: best checkpoint {best:.0f} %, highest return {highest:.0f} %")
     return folder
 
 
+def make_darkroom(cfg: CollectConfig, train: list, folder: Path, quiet: bool) -> None:
+    """The parts that are missing, by collect_darkroom.py."""
+    pool, rng = None, np.random.default_rng([cfg.seed, 0])
+    if cfg.recipe in collect_darkroom.SHARES:
+        pool = collect_darkroom.explore_pool(train, get_spec(cfg.env).horizon, rng)
+    for index, goal in enumerate(progress(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)):
+        path = folder / part_name(index)
+        if not path.exists():
+            save_arrays(path, collect_darkroom.collect_darkroom_task(cfg, index, goal, pool))
+
+
+def make_from_experts(
+    cfg: CollectConfig, settings: ExpertConfig, train: list, test: list, folder: Path, quiet: bool
+) -> dict:
+    """Train experts (or find them), then roll out the parts that are missing. Returns what meta.json keeps of them."""
+    workers = cfg.workers or os.cpu_count() or 1
+    place = {"workers": workers, "cluster": cfg.cluster}
+    known = train_experts(Path(cfg.folder), settings, train + test, device=cfg.expert_device, quiet=quiet, **place)
+    if not quiet:
+        print(describe(known, train + test))
+    explore = cfg.recipe == "explore"
+    parts = parts_of(known, len(train), cfg.quality, explore, cfg.episodes, cfg.queries, cfg.seed, folder, part_name)
+    missing = [part for part in parts if not Path(part.path).exists()]
+    bar = progress(total=len(parts), initial=len(parts) - len(missing), desc=f"collecting {folder.name}", unit="task",
+                   disable=quiet)  # fmt: skip
+    run_jobs(make_part, missing, watch=lambda: bar.update(len(list(folder.glob("task-*.npz"))) - bar.n), **place)
+    bar.close()
+    level, tasks = known.level(known.sampled), range(len(train))
+    best = [round(float(level[known.chosen(cfg.quality, i)[0], i].max()), 4) for i in tasks]
+    return {
+        "reference": reference(known, train, test),
+        "behaviour": [part.behaviour for part in parts],
+        "best_level": best,
+    }
+
+
+def reference(known: Experts, train: list, test: list) -> dict:
+    """For every task the random policy's mean return, the best checkpoint's, and the highest of any episode."""
+    found, first = {}, 0
+    for name, tasks in (("train", train), ("test", test)):
+        rows = slice(first, first + len(tasks))
+        found[name] = {"random": known.random[rows].round(3).tolist(), "expert": known.best[rows].round(3).tolist()}
+        found[name]["highest"] = known.highest[rows].round(3).tolist()
+        first += len(tasks)
+    return found
+
+
+def maximum(found: dict, returns: np.ndarray) -> list[float]:
+    """For every task, the highest return in this dataset: 0 the random policy's mean, 1 the highest that any
+    checkpoint had when it was measured. `returns` (N, E).
+    """
+    known = found["reference"]["train"]
+    floor, highest = np.array(known["random"]), np.array(known["highest"])
+    return ((returns.max(1) - floor) / np.maximum(highest - floor, 1e-9)).round(4).tolist()
+
+
 if __name__ == "__main__":
+    from config import parse_collect  # a preset's settings (config.py imports this file)
+
     try:
-        collect(tyro.cli(CollectConfig))
+        torch.set_num_threads(1)
+        collect(parse_collect())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ class Config:
     """Train T2MIR and evaluate it on held-out tasks. Defaults below are those of the chosen preset."""
 
     env: str = "darkroom"
-    """Task family."""
+    """Task family, or a Python file that describes one (README: Bring your own)."""
     backbone: Literal["ad", "dpt"] = "dpt"
     """ad: imitates learning histories (Eq. 10). dpt: predicts the optimal action (Eq. 11)."""
     preset: Literal["auto", "paper", "cpu"] = "auto"
@@ -80,16 +80,44 @@ class Config:
     # data (App. D.2)
     quality: Quality = "mixed"
     """Which stages of the expert's training make the data."""
-    recipe: Recipe = "noise"
-    """noise: the paper's data. explore, wander: behaviour that does not know the goal (collect.py)."""
+    recipe: Recipe = "paper"
+    """paper: the paper's data. explore, wander (DarkRoom): behaviour that does not know the goal."""
     data_episodes: int = 200
     """Episodes of each training task."""
     data_queries: int = 1000
     """Labelled query states of each task (DPT)."""
+    train_tasks: int = 0
+    """Training tasks; 0: the paper's number (App. D.1)."""
+    test_tasks: int = 0
+    """Held-out tasks; 0: the paper's number."""
     task_seed: int = 56
     """Seed of the train/test split."""
     data_seed: int = 0
     """Seed of the dataset."""
+    expert_steps: int = 0
+    """Environment steps of each task's expert; 0: the paper's (Tables 2, 3), as for the other expert settings."""
+    expert_save_every: int = 0
+    """Steps between its checkpoints."""
+    expert_warmup: int = 0
+    """SAC: first steps, random and without updates."""
+    expert_hidden: int = 0
+    """SAC: hidden units of a layer."""
+    expert_batch: int = 0
+    """Rows of an update."""
+    expert_lr: float = 0.0
+    """Learning rate of the experts."""
+    expert_alpha: float = 0.0
+    """SAC: entropy ratio."""
+    expert_seed: int = 0
+    """Seed of the experts' training."""
+    expert_group: int = 10
+    """SAC: tasks trained in one stack."""
+    expert_device: str = "cpu"
+    """SAC's networks on cpu or cuda."""
+    workers: int = 0
+    """Local processes that collect; 0: one a core."""
+    cluster: str | None = None
+    """Address of a Ray cluster that collects instead (auto, local, host:port)."""
     tasks: str | None = None
     """JSON file {"train": [...], "test": [...]} instead of the seeded split."""
     datasets: str = "datasets"
@@ -129,6 +157,8 @@ class Config:
     """DPT: the previous episode (Algorithm 4), or all so far."""
     history: int = 4
     """AD: K, finished episodes in the history (Algorithm 2)."""
+    first: Literal["policy", "random"] = "policy"
+    """Who plays the first episode, which has no context: the policy (paper) or random actions."""
     eval_every: int = 10_000
     """Steps between short evaluations while training; 0: none."""
     eval_episodes: int = 10
@@ -195,68 +225,131 @@ class Config:
             state_values=spec.state_values,
             action_dim=spec.action_dim,
             discrete_actions=spec.discrete_actions,
+            reward_scale=spec.reward_scale,
             **{name: getattr(self, name) for name in names},
         )
 
     def collect(self) -> CollectConfig:
-        return CollectConfig(
-            env=self.env,
-            quality=self.quality,
-            recipe=self.recipe,
-            episodes=self.data_episodes,
-            queries=self.data_queries,
-            task_seed=self.task_seed,
-            seed=self.data_seed,
-            tasks=self.tasks,
-            folder=self.datasets,
-        )
+        """The dataset's settings: fields of the same name, but for those that a run has of its own."""
+        renamed = {k: getattr(self, v) for k, v in _RENAMED.items()}
+        names = {f.name for f in fields(CollectConfig)} & {f.name for f in fields(Config)} - set(_RENAMED)
+        return CollectConfig(**renamed, **{name: getattr(self, name) for name in names})
 
     @property
     def folder(self) -> str:
-        return self.run or f"runs/{self.env}-{self.backbone}-{self.moe}-{self.quality}-{self.preset}-s{self.seed}"
+        return (
+            self.run
+            or f"runs/{get_spec(self.env).name}-{self.backbone}-{self.moe}-{self.quality}-{self.preset}-s{self.seed}"
+        )
 
+
+# fields of a `CollectConfig` whose names mean something else here
+_RENAMED = {"episodes": "data_episodes", "queries": "data_queries", "seed": "data_seed", "folder": "datasets"}
 
 # What may differ between a run and its continuation: nothing of this changes the weights
 # (threads and device: but for rounding).
-FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "checkpoint_every", "log_every",
-        "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard")  # fmt: skip
+FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "first", "checkpoint_every",
+        "log_every", "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard", "workers", "cluster",
+        "expert_device")  # fmt: skip
 
+# fmt: off
+_CHEETAH = {
+    "ad": dict(layers=3, heads=8, width=256, ff=1024, token_hidden=3072, task_hidden=4096, batch=24, prompt_length=800),
+    "dpt": dict(layers=4, heads=4, prompt_length=200, w_contrastive=0.01),
+}
+# Tables 4 and 5; sizes, batch, balance weights and schedules are the official configuration's
 PAPER = {
     ("darkroom", "ad"): dict(
         layers=4, heads=8, width=64, ff=256, token_hidden=768, task_hidden=1536, task_experts=12, dropout=0.0,
-        batch=128, prompt_length=400, warmup=10_000, w_contrastive=0.01, w_importance=0.1, w_load=0.1, episodes=100,
+        batch=128, prompt_length=400, steps=300_000,
     ),
-    ("darkroom", "dpt"): dict(
-        layers=3, heads=8, width=128, ff=512, token_hidden=1536, task_hidden=2048, task_experts=8, dropout=0.05,
-        batch=32, prompt_length=100, warmup=5000, w_contrastive=0.001, w_importance=0.01, w_load=0.01, episodes=100,
+    ("darkroom", "dpt"): dict(prompt_length=100, w_contrastive=0.001, steps=300_000, warmup=5000),
+    ("point-robot", "ad"): dict(prompt_length=80),
+    ("point-robot", "dpt"): dict(prompt_length=20, w_contrastive=0.001),
+    ("cheetah-vel", "ad"): _CHEETAH["ad"],
+    ("cheetah-vel", "dpt"): _CHEETAH["dpt"],
+    ("cheetah-vel-3cluster", "ad"): _CHEETAH["ad"],
+    ("cheetah-vel-3cluster", "dpt"): _CHEETAH["dpt"],
+    ("walker-param", "ad"): _CHEETAH["ad"] | dict(batch=32),
+    ("walker-param", "dpt"): _CHEETAH["dpt"] | dict(warmup=5000),
+    ("reach", "ad"): dict(prompt_length=400, lr=5e-5, schedule="constant"),
+    ("reach", "dpt"): dict(width=256, prompt_length=100, lr=5e-5),
+    ("push", "ad"): dict(width=256, ff=1024, token_hidden=3072, task_hidden=4096, prompt_length=400),
+    ("push", "dpt"): dict(
+        width=256, ff=1024, token_hidden=3072, task_hidden=4096, prompt_length=100, w_contrastive=0.001,
+        schedule="constant",
     ),
-}  # fmt: skip
+}
+# what all of these share, by backbone
+_PAPER_BOTH = {
+    "ad": dict(w_contrastive=0.01, w_importance=0.1, w_load=0.1, warmup=10_000, episodes=100, steps=100_000),
+    "dpt": dict(w_contrastive=0.01, w_importance=0.01, w_load=0.01, warmup=10_000, episodes=100, steps=100_000),
+}
+# Mixed: one episode or a few of every checkpoint (App. D.2)
+_PAPER_DATA = {
+    "darkroom": {}, "point-robot": dict(data_episodes=100), "cheetah-vel": dict(data_episodes=100, data_queries=4000),
+    "cheetah-vel-3cluster": dict(data_episodes=120, data_queries=4000),
+    "walker-param": dict(data_episodes=100, data_queries=4000), "reach": dict(data_episodes=196, data_queries=4000),
+    "push": dict(data_episodes=489, data_queries=4000),
+}
 
+# What two cores can do in about an hour a family, collection included: fewer tasks and steps, smaller networks.
+_CPU_SAC = dict(
+    expert_steps=40_000, expert_save_every=1000, expert_warmup=1000, expert_hidden=64, expert_batch=128, expert_lr=1e-3,
+    expert_alpha=0.02,
+)
+CPU_DATA = {
+    "darkroom": {},
+    "point-robot": dict(
+        train_tasks=200, test_tasks=20, data_episodes=75, data_queries=1500,
+        expert_steps=1500, expert_save_every=20, expert_hidden=64, expert_lr=1e-3, expert_alpha=0.05, expert_group=20,
+    ),
+    "cheetah-vel": dict(train_tasks=20, test_tasks=5, data_episodes=120, data_queries=4000, **_CPU_SAC),
+    "cheetah-vel-3cluster": dict(train_tasks=18, test_tasks=6, data_episodes=120, data_queries=4000, **_CPU_SAC),
+    "walker-param": dict(train_tasks=20, test_tasks=5, data_episodes=120, data_queries=4000, **_CPU_SAC),
+    "reach": dict(
+        train_tasks=16, test_tasks=4, data_episodes=120, data_queries=4000,
+        expert_steps=40_960, expert_save_every=2048,
+    ),
+    "push": dict(
+        train_tasks=12, test_tasks=4, data_episodes=120, data_queries=4000,
+        expert_steps=163_840, expert_save_every=4096,
+    ),
+}
+_CPU_BOTH = dict(
+    heads=4, task_experts=8, task_hidden=1024, token_shift=True, routing="prefix", task_center=True,
+    w_contrastive=0.1, w_importance=0.1, w_load=0.1, warmup=100, lr=2e-3, beta2=0.98,
+    checkpoint_every=100, log_every=25, eval_every=400,
+)
+_CPU_AD = _CPU_BOTH | dict(width=64, ff=256, layers=3, token_hidden=768, dropout=0.0, history=3)
+_CPU_DPT = _CPU_BOTH | dict(
+    width=64, ff=256, layers=3, token_hidden=768, dropout=0.0, query_position="last", short=0.2, empty=0.1
+)
 CPU = {
-    ("darkroom", "ad"): dict(
-        layers=3, heads=4, task_experts=8, task_hidden=1024, token_shift=True, routing="prefix",
-        task_center=True, w_contrastive=0.1,
-        steps=2000, batch=8, warmup=100, lr=2e-3, beta2=0.98, episodes=40, history=3,
-        checkpoint_every=100, log_every=25, eval_every=400,
+    ("darkroom", "ad"): _CPU_AD | dict(steps=2000, batch=8, episodes=40),
+    ("darkroom", "dpt"): _CPU_DPT | dict(
+        recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
-    ("darkroom", "dpt"): dict(
-        heads=4, width=64, ff=256, token_hidden=768, task_hidden=1024, dropout=0.0, token_shift=True, routing="prefix",
-        query_position="last", recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, short=0.2,
-        empty=0.1, task_center=True, w_contrastive=0.1, w_importance=0.1, w_load=0.1,
-        steps=2400, warmup=100, lr=2e-3, beta2=0.98,
-        episodes=40, checkpoint_every=100, log_every=25, eval_every=400,
+    ("point-robot", "ad"): _CPU_AD | dict(steps=4000, batch=32, episodes=20),
+    ("point-robot", "dpt"): _CPU_DPT | dict(
+        recipe="explore", steps=3000, batch=32, queries=32, prompt_length=80, episodes=20, prompt="all", first="random",
     ),
-}  # fmt: skip
+}
+for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "push"):
+    CPU[_env, "ad"] = _CPU_AD | dict(steps=2000, batch=8, episodes=20, prompt_length=3 * SPECS[_env].horizon, history=2)
+    CPU[_env, "dpt"] = _CPU_DPT | dict(steps=2000, batch=16, queries=32, episodes=10)
+# fmt: on
 
 
 def preset_values(preset: str, env: str, backbone: str) -> dict:
     """The settings of a preset; raises ValueError for a family or backbone without one."""
-    get_spec(env)
-    if (env, backbone) not in PAPER:
+    horizon = get_spec(env).horizon
+    if backbone not in _PAPER_BOTH:
         raise ValueError(f"unknown backbone '{backbone}': choose ad or dpt")
-    values = dict(PAPER[env, backbone])
+    own = dict(prompt_length=4 * horizon if backbone == "ad" else horizon)  # a family of the user's
+    values = _PAPER_BOTH[backbone] | _PAPER_DATA.get(env, {}) | PAPER.get((env, backbone), own)
     if preset == "cpu":
-        values.update(CPU[env, backbone])
+        values |= CPU_DATA.get(env, {}) | CPU.get((env, backbone), _CPU_AD if backbone == "ad" else _CPU_DPT)
     elif preset != "paper":
         raise ValueError(f"unknown preset '{preset}': choose auto, paper or cpu")
     return values
@@ -268,27 +361,44 @@ def differences(cfg: Config) -> list[str]:
     """
     paper = asdict(Config(env=cfg.env, backbone=cfg.backbone, **preset_values("paper", cfg.env, cfg.backbone)))
     here = asdict(cfg)
-    skip = {"env", "backbone", "preset", "seed", *FREE} - {"history", "actions", "prompt", "episodes"}
+    skip = {"env", "backbone", "preset", "seed", *FREE} - {"history", "actions", "prompt", "episodes", "first"}
     return [f"{k}: {paper[k]} -> {here[k]}" for k in here if k not in skip and here[k] != paper[k]]
+
+
+def _first_look(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Env, backbone and preset, which decide the defaults of everything else (`auto` resolved); and the command line
+    without --preset, which tyro must not put back.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        first.add_argument(f"--{name}", default=getattr(Config, name))
+    chosen, _ = first.parse_known_args(argv)
+    if chosen.preset == "auto":
+        chosen.preset = "paper" if torch.cuda.is_available() else "cpu"
+    rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    rest.add_argument("--preset")
+    return chosen, rest.parse_known_args(argv)[1]
+
+
+def parse_collect(argv: list[str] | None = None) -> CollectConfig:
+    """The command line of collect.py, completed by the data settings that both backbones' presets share."""
+    chosen, argv = _first_look(sys.argv[1:] if argv is None else argv, "env", "preset")
+    get_spec(chosen.env)
+    if chosen.preset not in ("paper", "cpu"):
+        raise ValueError(f"unknown preset '{chosen.preset}': choose auto, paper or cpu")
+    values = _PAPER_DATA.get(chosen.env, {}) | (CPU_DATA.get(chosen.env, {}) if chosen.preset == "cpu" else {})
+    back = {v: k for k, v in _RENAMED.items()}
+    default = CollectConfig(env=chosen.env, **{back.get(k, k): v for k, v in values.items()})
+    description = f"environments: {', '.join(SPECS)}; --preset auto|paper|cpu as in train.py"
+    return tyro.cli(CollectConfig, default=default, args=argv, description=description)
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line, completed by its preset. Raises ValueError for impossible values; unknown flags
     end the program with tyro's message.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("env", "backbone", "preset"):
-        first.add_argument(f"--{name}", default=getattr(Config, name))
-    chosen, _ = first.parse_known_args(argv)
-    preset = chosen.preset
-    if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "cpu"
-    values = preset_values(preset, chosen.env, chosen.backbone)
-    default = Config(env=chosen.env, backbone=chosen.backbone, preset=preset, **values)
-    # `--preset auto` has been resolved: tyro must not put it back
-    rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    rest.add_argument("--preset")
-    _, argv = rest.parse_known_args(argv)
+    chosen, argv = _first_look(sys.argv[1:] if argv is None else argv, "env", "backbone", "preset")
+    values = preset_values(chosen.preset, chosen.env, chosen.backbone)
+    default = Config(env=chosen.env, backbone=chosen.backbone, preset=chosen.preset, **values)
     description = f"environments: {', '.join(SPECS)}"
     return tyro.cli(Config, default=default, args=argv, description=description).check()

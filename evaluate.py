@@ -24,18 +24,31 @@ import tyro
 from scipy.stats import bootstrap
 
 import checkpoint
-from collect import progress, write_atomically
 from data import Prompt
 from distributed import resolve_device
 from envs import get_spec, make_batch, optimal_returns, random_returns
-from policies import Actions, ExactPosterior, Memory, make_policy
+from files import progress, write_atomically
+from policies import Actions, ExactPosterior, First, Memory, make_policy
 
 
 # ------------------------------------------------------------------------------- Algorithms 2 and 4
 @torch.inference_mode()
-def play(env: str, tasks: list, policy, episodes: int, quiet: bool = True, title: str = "") -> np.ndarray:
-    """Algorithms 2 and 4 on N tasks at once: the return of each task and episode, (N, episodes)."""
-    batch, history, returns = make_batch(env, tasks), [], []
+def play(
+    env: str,
+    tasks: list,
+    policy,
+    episodes: int,
+    quiet: bool = True,
+    title: str = "",
+    seed: int = 0,
+    success: list | None = None,
+) -> np.ndarray:
+    """Algorithms 2 and 4 on N tasks at once: the return of each task and episode, (N, episodes).
+
+    `seed` is that of the starts. A list given as `success` gains, for a family that can succeed, whether each task
+    did in each episode: (N,) bool an episode.
+    """
+    batch, history, returns = make_batch(env, tasks, seed), [], []
     bar = progress(range(episodes), desc=title, unit="episode", disable=quiet)
     for _ in bar:
         states = torch.from_numpy(batch.reset())
@@ -50,6 +63,8 @@ def play(env: str, tasks: list, policy, episodes: int, quiet: bool = True, title
             states = torch.from_numpy(following)
         history.append(Prompt(*(torch.stack(column, 1) for column in zip(*steps, strict=True))))
         returns.append(history[-1].rewards.sum(1).numpy())
+        if success is not None and batch.success is not None:
+            success.append(batch.success.copy())
         bar.set_postfix_str(f"return {returns[-1].mean():.1f}", refresh=False)
     return np.stack(returns, 1)
 
@@ -58,7 +73,8 @@ def play(env: str, tasks: list, policy, episodes: int, quiet: bool = True, title
 # fmt: off
 SUMMARY = (
     "env", "backbone", "moe", "routing", "quality", "preset", "seed", "steps", "train_seconds", "episodes",
-    "first_return", "last_return", "best_return", "random_return", "optimum", "paper_return", "command",
+    "first_return", "last_return", "best_return", "random_return", "optimum", "expert_return", "success",
+    "paper_return", "command",
 )
 # fmt: on
 
@@ -87,7 +103,7 @@ def draw_curve(
     axis.plot(episode, returns.mean(0), label="this run, 95 % over tasks")
     if ceiling is not None:
         axis.plot(episode, ceiling, color="black", linestyle=":", label=f"exact posterior, prompt {memory}")
-    for (name, value), style in zip(lines.items(), ("--", "-.", (0, (1, 3))), strict=False):
+    for (name, value), style in zip(lines.items(), ("--", (0, (5, 1)), "-.", (0, (1, 3))), strict=True):
         if value is not None:
             axis.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.1f}")
     axis.set(xlabel="episode", ylabel="return on held-out tasks", title=title, xlim=(1, max(2, len(episode))))
@@ -96,13 +112,18 @@ def draw_curve(
     plt.close(figure)
 
 
-def write_csv(path: Path, tasks: list, returns: np.ndarray) -> None:
+def write_csv(path: Path, tasks: list, returns: np.ndarray, success: np.ndarray | None = None) -> None:
+    """A row for each task and episode. A task is its numbers, or its place in the list where they are many."""
+    kinds = [list(task) for i, task in enumerate(tasks) if task not in tasks[:i]]
+
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
             out = csv.writer(file)
-            out.writerow(["task", "episode", "return"])
-            for task, row in zip(tasks, returns, strict=True):
-                out.writerows([" ".join(map(str, task)), e + 1, f"{value:g}"] for e, value in enumerate(row))
+            out.writerow(["task", "episode", "return"] + ["success"] * (success is not None))
+            for i, (task, row) in enumerate(zip(tasks, returns, strict=True)):
+                name = " ".join(map(str, task)) if len(task) <= 3 else kinds.index(list(task))
+                for e, value in enumerate(row):
+                    out.writerow([name, e + 1, f"{value:g}"] + ([] if success is None else [int(success[i, e])]))
 
     write_atomically(path, write)
 
@@ -131,6 +152,7 @@ def evaluate_run(
     actions: Actions = "sample",
     prompt: Memory = "last",
     history: int = 4,
+    first: First = "policy",
     repeats: int = 1,
     seed: int = 0,
     split: Literal["test", "train"] = "test",
@@ -149,29 +171,40 @@ def evaluate_run(
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
-    variant = f"{actions}" + (f"-{prompt}" if cfg.backbone == "dpt" else f"-history{history}")
+    variant = (actions if spec.discrete_actions else "mean") + (
+        f"-{prompt}" if cfg.backbone == "dpt" else f"-history{history}"
+    )
     if results is None:
         target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
     else:
         target, name = Path(results), f"{folder.resolve().name}-{split}-{variant}"
         summary = target / "summary.csv"
     check_summary(summary)  # before the work
-    settings = Settings(actions, prompt, history)
+    settings = Settings(actions, prompt, history, first)
     policy = make_policy(model, settings, seed, mean, std)
-    returns = play(cfg.env, played, policy, episodes, quiet=False, title=f"evaluating on {len(tasks)} {split} tasks")
+    title, succeeded = f"evaluating on {len(tasks)} {split} tasks", []
+    returns = play(cfg.env, played, policy, episodes, quiet=False, title=title, seed=seed, success=succeeded)
+    success = np.stack(succeeded, 1) if succeeded else None
 
-    optimum, floor = optimal_returns(cfg.env, tasks).mean(), random_returns(cfg.env, tasks).mean()
+    known = checkpoint.read_reference(folder, split)  # measured when the data were collected
+    floor = np.mean(known["random"] if known else random_returns(cfg.env, tasks))
+    optimum, expert = optimal_returns(cfg.env, tasks), np.mean(known["expert"]) if known else None
+    optimum = None if optimum is None else optimum.mean()
     paper = spec.paper_return.get((cfg.backbone, cfg.moe)) if cfg.quality == "mixed" else None
     ceiling, memory = None, prompt if cfg.backbone == "dpt" else "all"
     if cfg.env == "darkroom":
         ceiling = play(cfg.env, tasks * 20, ExactPosterior(memory, seed=seed), episodes).mean(0)
     curve = returns.mean(0)
     last = min(5, episodes)
-    write_csv(target / f"{name}.csv", played, returns)
+    write_csv(target / f"{name}.csv", played, returns, success)
     title = f"{cfg.env}, {'T2MIR-' if cfg.moe != 'none' else ''}{cfg.backbone.upper()}, {split} tasks ({variant})"
-    lines = {"optimum": optimum, "paper": paper, "random": floor}
+    lines = {"optimum": optimum, "expert": expert, "paper": paper, "random": floor}
     per_task = returns.reshape(repeats, len(tasks), -1).mean(0)  # repeats of a task are not further tasks
     draw_curve(target / f"{name}.png", title, per_task, lines, ceiling, memory)
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
     row = {
         "env": cfg.env,
         "backbone": cfg.backbone,
@@ -183,11 +216,13 @@ def evaluate_run(
         "steps": about["step"],
         "train_seconds": f"{float(about['seconds']):.0f}",
         "episodes": episodes,
-        "first_return": f"{curve[0]:.2f}",
-        "last_return": f"{curve[-last:].mean():.2f}",
-        "best_return": f"{curve.max():.2f}",
-        "random_return": f"{floor:.2f}",
-        "optimum": f"{optimum:.2f}",
+        "first_return": number(curve[0]),
+        "last_return": number(curve[-last:].mean()),
+        "best_return": number(curve.max()),
+        "random_return": number(floor),
+        "optimum": number(optimum),
+        "expert_return": number(expert),
+        "success": number(None if success is None else success[:, -last:].mean()),
         "paper_return": "" if paper is None else paper,
         "command": f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
     }
@@ -197,13 +232,25 @@ def evaluate_run(
     return row
 
 
+def normalised(value: float, floor: float, best: float) -> float:
+    """0 the random policy's return, 1 the optimum's (or the expert's, where no optimum is known)."""
+    return (value - floor) / (best - floor)
+
+
 def print_table(row: dict, curve: np.ndarray, ceiling: np.ndarray | None, last: int) -> None:
     low = [("first episode", row["first_return"]), (f"last {last} episodes", row["last_return"])]
-    low += [(f"best episode ({int(curve.argmax()) + 1})", row["best_return"]), ("optimum", row["optimum"])]
+    low += [(f"best episode ({int(curve.argmax()) + 1})", row["best_return"])]
     if ceiling is not None:
         low += [(f"exact posterior, last {last}", f"{ceiling[-last:].mean():.2f}")]
-    low += [("random policy", row["random_return"]), ("paper", row["paper_return"] or "-")]
-    print("\n".join(f"  {name:<26}{value:>8}" for name, value in low))
+    for name in ("optimum", "expert_return", "random_return", "paper_return"):
+        low += [(name.removesuffix("_return"), row[name] or "-")]
+    best = "optimum" if row["optimum"] else "expert_return"
+    if row[best]:
+        share = normalised(*(float(row[k]) for k in ("last_return", "random_return", best)))
+        low += [(f"random 0, {best.removesuffix('_return')} 1: last {last}", f"{share:.3f}")]
+    if row["success"]:
+        low += [(f"success, last {last}", f"{100 * float(row['success']):.0f} %")]
+    print("\n".join(f"  {name:<32}{value:>8}" for name, value in low))
 
 
 @dataclass(frozen=True)
@@ -213,6 +260,7 @@ class Settings:
     actions: Actions
     prompt: Memory
     history: int
+    first: First
 
 
 def main(
@@ -221,6 +269,7 @@ def main(
     actions: Actions | None = None,
     prompt: Memory | None = None,
     history: int | None = None,
+    first: First | None = None,
     repeats: int = 1,
     seed: int = 0,
     split: Literal["test", "train"] = "test",
@@ -235,6 +284,7 @@ def main(
         actions: sample or greedy.
         prompt: DPT: last episode or all of them.
         history: AD: finished episodes in the history.
+        first: who plays the first episode: the policy or random actions.
         repeats: play every task this often, independently.
         seed: seed of the sampled actions.
         split: held-out tasks, or those trained on.
@@ -242,7 +292,7 @@ def main(
         device: cpu or cuda.
     """
     cfg = checkpoint.load_config(folder)
-    given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history}
+    given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first}
     filled = {k: getattr(cfg, k) if v is None else v for k, v in given.items()}
     evaluate_run(folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device)
 

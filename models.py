@@ -47,6 +47,7 @@ class ModelConfig:
     state_values: tuple[int, ...] | None
     action_dim: int
     discrete_actions: bool
+    reward_scale: float = 1.0  # rewards are divided by it before they are embedded
     layers: int = 4
     heads: int = 8
     width: int = 64
@@ -268,7 +269,7 @@ class T2MIR(nn.Module):
     def embed_prompt(self, prompt: Prompt, start: int = 0) -> Tensor:
         """s, a, r interleaved: (B, 3n, D); `start` is the time within the episode of the first step."""
         state, action = self._state(prompt.states), self.embed_action(prompt.actions) + self.embed_modality[1]
-        reward = self.embed_reward(prompt.rewards[..., None]) + self.embed_modality[2]
+        reward = self.embed_reward(prompt.rewards[..., None] / self.cfg.reward_scale) + self.embed_modality[2]
         time = (start + torch.arange(prompt.steps, device=reward.device)) % self.cfg.horizon
         time = self.embed_time(time + (self.cfg.backbone == "dpt"))  # DPT: 1..T, AD: 0..T-1
         return (torch.stack([state, action, reward], 2) + time[:, None]).flatten(1, 2)

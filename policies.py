@@ -7,7 +7,9 @@ A policy has three methods: `begin(history, rows)` before an episode, with all f
 `act(states)`; `observe(states, actions, rewards)` after each step. The two backbones, the exact posterior of
 DarkRoom and a random policy play through the same loop (evaluate.py: `play`).
 
-Differs from the paper (switches): `--prompt all` grows DPT's prompt over the episodes; actions of a
+Differs from the paper (switches): `--prompt all` grows DPT's prompt over the episodes; `--first random` plays the
+first episode, which has no context, at random: where the optimal actions of all tasks cancel out (Point-Robot), the
+mean action stays where it is and learns nothing from there; actions of a
 discrete policy are sampled by default: on DarkRoom the arg max of even the exact posterior walks to the
 middle of the room and stays there.
 """
@@ -26,6 +28,7 @@ from posterior import action_posterior, goal_posterior
 
 Actions = Literal["sample", "greedy"]
 Memory = Literal["last", "all"]
+First = Literal["policy", "random"]
 
 
 def concatenate(history: list[Prompt]) -> Prompt:
@@ -77,9 +80,16 @@ class ModelPolicy:
     """What both backbones share: device, normalisation, the choice of an action."""
 
     def __init__(
-        self, model: T2MIR, greedy: bool = False, seed: int = 0, mean: Tensor | None = None, std: Tensor | None = None
+        self,
+        model: T2MIR,
+        greedy: bool = False,
+        first: First = "policy",
+        seed: int = 0,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
     ):
-        self.model, self.cfg, self.greedy = model.eval(), model.cfg, greedy
+        self.model, self.cfg, self.greedy, self.first = model.eval(), model.cfg, greedy, first
+        self.exploring = False  # in a first episode of random actions
         self.rng = torch.Generator().manual_seed(seed)
         self.device = next(model.parameters()).device
         self.mean, self.std = (0.0, 1.0) if mean is None else (mean.to(self.device), std.to(self.device))
@@ -92,6 +102,10 @@ class ModelPolicy:
         return Prompt(self.read(states), actions.to(self.device), rewards.to(self.device))
 
     def action(self, prediction: Tensor) -> Tensor:
+        if self.exploring:
+            if self.cfg.discrete_actions:
+                return torch.randint(self.cfg.action_dim, (len(prediction),), generator=self.rng)
+            return 2 * torch.rand(prediction.shape, generator=self.rng) - 1
         if self.cfg.discrete_actions:
             return choose(prediction, self.greedy, self.rng)
         return prediction.cpu()  # continuous: the mean
@@ -108,6 +122,7 @@ class ADPolicy(ModelPolicy):
         self.keep = keep
 
     def begin(self, history: list[Prompt], rows: int) -> None:
+        self.exploring = self.first == "random" and not history
         if not history:
             self.kept = []
         else:
@@ -165,6 +180,7 @@ class DPTPolicy(ModelPolicy):
         self.memory, self.cache = memory, None
 
     def begin(self, history: list[Prompt], rows: int) -> None:
+        self.exploring = self.first == "random" and not history
         # In a grid, a frozen prompt gives the same answer in the same cell: each is computed once an episode.
         self.known = None
         if self.cfg.state_values:
@@ -220,8 +236,8 @@ class DPTPolicy(ModelPolicy):
 
 
 def make_policy(model: T2MIR, settings, seed: int = 0, mean: Tensor | None = None, std: Tensor | None = None):
-    """The policy of a model's backbone; `settings` has .actions, .history and .prompt (a Config has)."""
-    options = {"greedy": settings.actions == "greedy", "seed": seed, "mean": mean, "std": std}
+    """The policy of a model's backbone; `settings` has .actions, .first, .history and .prompt (a Config has)."""
+    options = {"greedy": settings.actions == "greedy", "first": settings.first, "seed": seed, "mean": mean, "std": std}
     if model.cfg.backbone == "ad":
         return ADPolicy(model, settings.history, **options)
     return DPTPolicy(model, settings.prompt, **options)

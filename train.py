@@ -31,11 +31,12 @@ from torch import Tensor
 
 import checkpoint
 import distributed
-from collect import collect, dataset_folder, progress
+from collect import collect, dataset_folder
 from config import FREE, Config, differences, parse
 from data import ADBatch, Dataset, DPTBatch, load_dataset, rows, sample_ad, sample_dpt
 from diagnostics import probe
-from evaluate import evaluate_run, play
+from evaluate import check_summary, evaluate_run, play
+from files import progress
 from models import T2MIR, Output
 from policies import make_policy
 
@@ -158,7 +159,8 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         checkpoint.load_weights(cfg.init, model)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_config(folder, cfg, {"train": dataset.meta["train_tasks"], "test": dataset.meta["test_tasks"]})
+        tasks = {"train": dataset.meta["train_tasks"], "test": dataset.meta["test_tasks"]}
+        checkpoint.write_config(folder, cfg, tasks | {"reference": dataset.meta.get("reference")})
         log = Log(folder, state.step, cfg.tensorboard)
 
     runner = model
@@ -255,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs the package: pip install 'tensorboard'")
         folder, continued = open_run(cfg)
+        check_summary(folder.parent / "summary.csv")  # the evaluation at the end appends to it
         if cfg.init and not continued:
             checkpoint.load_weights(cfg.init, T2MIR(cfg.model()))  # refused now rather than after collecting
         chief = distributed.rank() == 0
@@ -266,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         distributed.barrier()
         train(cfg, folder, continued, device)
         if chief:
-            played = {"episodes": cfg.episodes, "actions": cfg.actions, "prompt": cfg.prompt, "history": cfg.history}
+            played = {name: getattr(cfg, name) for name in ("episodes", "actions", "prompt", "history", "first")}
             evaluate_run(folder, **played, device=str(device))
         distributed.stop()
     except (ValueError, OSError) as error:

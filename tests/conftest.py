@@ -13,7 +13,7 @@ TEST = [[2, 2], [8, 6], [4, 0], [0, 9]]
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory):
-    """Settings of the tiny dataset of the recipe `noise`; tests change them with dataclasses.replace."""
+    """Settings of the tiny dataset of the recipe `paper`; tests change them with dataclasses.replace."""
     folder = tmp_path_factory.mktemp("datasets")
     goals = folder / "goals.json"
     goals.write_text(json.dumps({"train": TRAIN, "test": TEST}))
@@ -21,7 +21,7 @@ def tiny_config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def noise_folder(tiny_config):
+def paper_folder(tiny_config):
     """Tests only read it; those that damage a dataset copy it first."""
     return collect(tiny_config, quiet=True)
 
@@ -37,8 +37,8 @@ def explore_folder(explore_config):
 
 
 @pytest.fixture(scope="session")
-def noise_data(noise_folder):
-    return load_dataset(noise_folder)
+def paper_data(paper_folder):
+    return load_dataset(paper_folder)
 
 
 @pytest.fixture(scope="session")

@@ -23,20 +23,20 @@ FILE = checkpoint.FILE
 
 
 @pytest.fixture
-def fit(tiny_config, noise_folder):
+def fit(tiny_config, paper_folder):
     with trainer(tiny_config) as call:
         yield call
 
 
 @pytest.fixture(scope="module")
-def few(tiny_config, noise_folder, tmp_path_factory):
+def few(tiny_config, paper_folder, tmp_path_factory):
     """A finished run of three steps; tests that change it copy it first."""
     with trainer(tiny_config) as call:
         return call(tmp_path_factory.mktemp("few") / "run")
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_config, noise_folder, tmp_path_factory):
+def whole(tiny_config, paper_folder, tmp_path_factory):
     """whole(backbone): a run of LONG that nothing interrupted."""
     made = {}
 

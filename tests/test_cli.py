@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_config, noise_folder, tmp_path_factory):
+def trained(tiny_config, paper_folder, tmp_path_factory):
     with trainer(tiny_config) as fit:
         return fit(tmp_path_factory.mktemp("trained") / "run", steps=1)
 
@@ -173,8 +173,8 @@ def test_train_refuses_what_cannot_be(tiny_config, here, wrong, monkeypatch, cap
         (["RUN", "--device", "toaster", "--results", "results"], "toaster"),
     ],
 )
-def test_evaluate_refuses_what_cannot_be(trained, noise_folder, here, argv, named, monkeypatch, capsys):
-    places = {"RUN": str(trained), "DATASET": str(noise_folder)}
+def test_evaluate_refuses_what_cannot_be(trained, paper_folder, here, argv, named, monkeypatch, capsys):
+    places = {"RUN": str(trained), "DATASET": str(paper_folder)}
     before = sorted(trained.iterdir())
     refused("evaluate.py", [places.get(word, word) for word in argv], named, here, monkeypatch, capsys)
     assert sorted(trained.iterdir()) == before

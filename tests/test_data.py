@@ -24,12 +24,12 @@ def generator(seed=0):
 
 
 @pytest.fixture(scope="module")
-def coded(noise_data):
+def coded(paper_data):
     """The tiny dataset with readable contents: every state is (task, episode), query m is divmod(m, 10)."""
     task, episode = torch.meshgrid(torch.arange(N), torch.arange(E), indexing="ij")
     states = torch.stack([task, episode], -1)[:, :, None].expand(N, E, T, 2).to(torch.uint8)
     queries = torch.stack([torch.arange(Q) // 10, torch.arange(Q) % 10], -1).expand(N, Q, 2).to(torch.uint8)
-    return replace(noise_data, states=states, query_states=queries)
+    return replace(paper_data, states=states, query_states=queries)
 
 
 def episodes_of(batch):
@@ -51,7 +51,7 @@ def check_contents(data, batch, task, episode):
 
 
 # --------------------------------------------------------------------------------------- round trip
-@pytest.mark.parametrize("recipe", ["noise", "explore"])
+@pytest.mark.parametrize("recipe", ["paper", "explore"])
 def test_loaded_arrays_are_the_stored_ones(recipe, request):
     folder, data = (request.getfixturevalue(f"{recipe}_{what}") for what in ("folder", "data"))
     assert (data.tasks, data.episodes, data.spec.name) == (N, E, "darkroom")
@@ -72,21 +72,21 @@ def test_loaded_arrays_are_the_stored_ones(recipe, request):
     assert data.state_mean.tolist() == [0, 0] and data.state_std.tolist() == [1, 1]  # grids stay as they are
 
 
-def test_order_is_ascending_by_return_and_ties_keep_their_place(noise_data):
-    returns = noise_data.rewards.sum(-1)
-    assert torch.equal(noise_data.returns, returns)
+def test_order_is_ascending_by_return_and_ties_keep_their_place(paper_data):
+    returns = paper_data.rewards.sum(-1)
+    assert torch.equal(paper_data.returns, returns)
     ties = 0
-    for row, order in zip(returns.tolist(), noise_data.order.tolist(), strict=True):
+    for row, order in zip(returns.tolist(), paper_data.order.tolist(), strict=True):
         assert order == sorted(range(E), key=lambda e: row[e])  # Python's sort is stable
         ties += E - len(set(row))
     assert ties >= N  # every task ends with two optimal episodes
 
 
-def test_subset_keeps_the_chosen_tasks(noise_data):
-    few = subset(noise_data, slice(2, 5))
+def test_subset_keeps_the_chosen_tasks(paper_data):
+    few = subset(paper_data, slice(2, 5))
     assert few.tasks == 3 and few.episodes == E
     for name in ("states", "actions", "rewards", "query_states", "query_actions", "returns", "order"):
-        assert torch.equal(getattr(few, name), getattr(noise_data, name)[2:5])
+        assert torch.equal(getattr(few, name), getattr(paper_data, name)[2:5])
 
 
 # --------------------------------------------------------------------------------- AD (Algorithm 1)
@@ -188,7 +188,7 @@ def test_dpt_queries_are_independent_of_the_prompt(coded):
     assert (table.sum(0) / table.sum() - 1 / Q).abs().max() < 0.005  # every query equally often
 
 
-@pytest.mark.parametrize("recipe", ["noise", "explore"])
+@pytest.mark.parametrize("recipe", ["paper", "explore"])
 def test_dpt_labels_of_mixed_data_are_the_expert_s(recipe, request):
     data = request.getfixturevalue(f"{recipe}_data")
     batch = sample_dpt(data, batch=8, episodes=1, draws=1, rng=generator(), queries=40)
@@ -219,9 +219,9 @@ def test_dpt_shares_of_hidden_prompts(coded, short, empty):
 
 # ------------------------------------------------------------------------------------ damaged folders
 @pytest.fixture
-def folder(noise_folder, tmp_path):
+def folder(paper_folder, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(noise_folder, tmp_path / "data")
+    return shutil.copytree(paper_folder, tmp_path / "data")
 
 
 def refused(folder, message, env=None):
@@ -332,14 +332,14 @@ def test_flipped_byte_of_a_part(folder, place):
 
 
 @pytest.mark.parametrize("name", ["states", "actions", "rewards", "query_states", "query_actions"])
-def test_wrong_shape(folder, name, noise_data):
-    rewrite(folder, **{name: getattr(noise_data, name)[3].numpy()[1:]})
+def test_wrong_shape(folder, name, paper_data):
+    rewrite(folder, **{name: getattr(paper_data, name)[3].numpy()[1:]})
     refused(folder, f"task-003.npz: {name} has shape")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_rewards_that_are_not_finite(folder, noise_data, value):
-    rewrite(folder, rewards=changed(noise_data.rewards[3].numpy(), value))
+def test_rewards_that_are_not_finite(folder, paper_data, value):
+    rewrite(folder, rewards=changed(paper_data.rewards[3].numpy(), value))
     refused(folder, "task-003.npz: rewards holds values that are not finite")
 
 
@@ -347,8 +347,8 @@ def test_rewards_that_are_not_finite(folder, noise_data, value):
     ("name", "value"),
     [("states", 10), ("actions", 5), ("actions", -1), ("query_states", -1), ("query_actions", 200)],
 )
-def test_ids_out_of_range(folder, noise_data, name, value):
-    rewrite(folder, **{name: changed(getattr(noise_data, name)[3].numpy().astype(np.int16), value)})
+def test_ids_out_of_range(folder, paper_data, name, value):
+    rewrite(folder, **{name: changed(getattr(paper_data, name)[3].numpy().astype(np.int16), value)})
     refused(folder, f"task-003.npz: {name} holds ids outside")
 
 
@@ -398,7 +398,7 @@ def test_normalise():
 @pytest.fixture
 def continuous(tmp_path, monkeypatch):
     """A family with 3 continuous state numbers and 2 continuous action numbers: 2 tasks of 4 episodes."""
-    spec = envs.EnvSpec("slide", 25, 3, None, 2, False, train_tasks=2, test_tasks=1)
+    spec = envs.EnvSpec("slide", 25, 3, None, 2, False, 2, 1, task_numbers=1, gym_id="", expert="sac")
     monkeypatch.setitem(envs.SPECS, "slide", spec)
     rng, hashes = np.random.default_rng(0), []
     for task in range(2):

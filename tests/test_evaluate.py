@@ -26,14 +26,14 @@ from policies import RandomPolicy, make_policy
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
     "env,backbone,moe,routing,quality,preset,seed,steps,train_seconds,episodes,first_return,last_return,best_return,"
-    "random_return,optimum,paper_return,command"
+    "random_return,optimum,expert_return,success,paper_return,command"
 )
 KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries": 1, "short": 0, "empty": 0}),
          "last": ("dpt", {})}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_config, noise_folder, tmp_path_factory):
+def trained(tiny_config, paper_folder, tmp_path_factory):
     """{name: folder} of a tiny run of each layout; evaluations write elsewhere."""
     folder = tmp_path_factory.mktemp("trained")
     with trainer(tiny_config) as fit:

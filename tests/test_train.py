@@ -26,7 +26,7 @@ KEY, QUERY = "model.blocks.1.ff.task_router.key.", "model.blocks.1.ff.task_route
 
 
 @pytest.fixture
-def fit(tiny_config, noise_folder):
+def fit(tiny_config, paper_folder):
     with trainer(tiny_config) as call:
         yield call
 

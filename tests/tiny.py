@@ -25,7 +25,7 @@ from config import Config
 ROOT = Path(train.__file__).resolve().parent
 # fmt: off
 SETTINGS = {f.name: f.default for f in fields(Config)} | {
-    "preset": "cpu", "recipe": "noise", "routing": "prefix", "token_shift": True, "token_experts": 4,
+    "preset": "cpu", "recipe": "paper", "routing": "prefix", "token_shift": True, "token_experts": 4,
     "task_experts": 4, "w_contrastive": 0.1, "w_importance": 0.1, "w_load": 0.1, "momentum": 0.9, "layers": 2,
     "heads": 2, "width": 16, "ff": 32, "token_hidden": 24, "task_hidden": 16, "dropout": 0.1, "steps": 3, "batch": 4,
     "draws": 2, "prompt_length": 100, "lr": 1e-3, "warmup": 2, "schedule": "cosine", "beta2": 0.98,

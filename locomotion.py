@@ -1,0 +1,190 @@
+"""locomotion.py: Cheetah-Vel and Walker-Param (paper App. D.1), on MuJoCo as Gymnasium ships it.
+
+in : tasks                      out: states (N, 20) or (N, 17), rewards (N,)
+Read after envs.py.
+
+Cheetah-Vel        HalfCheetah; a task is the target velocity [v]. Observation: qpos without x (8), qvel (9), the
+                   torso's place (3). Reward: -|v_x - v| - 0.05 |a|^2, v_x the mean velocity over the step.
+Walker-Param       Walker2d that runs on after a fall; a task is 65 exponents u in [-3, 3]: every entry of the
+                   model's body_mass, body_inertia and geom_friction is multiplied by its own 1.5^u, every one of
+                   dof_damping by 1.3^u. Observation: qpos without x (8), clipped qvel (9). Reward: v_x + 1 while
+                   healthy - 0.001 |a|^2.
+
+The batched environments step N tasks with one call of `mujoco.rollout`, MuJoCo's own batch stepper: states are
+rows of one array, so that a thousand copies cost no more than their numbers. bench.py compares it with a plain
+loop, threads and processes.
+Differs from Gymnasium's step: torso's place belongs to the new state (Gymnasium's `xpos` lags a substep behind),
+and the batched step starts MuJoCo's solver cold instead of from the last solution (same within its tolerance).
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+from gymnasium.envs.mujoco.mujoco_env import expand_model_path
+from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
+from mujoco.rollout import Rollout
+
+from envs import SPECS, check_tasks
+
+FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
+# which arrays of the model a Walker task scales, in the order of its numbers, and the base of each
+SCALED = (("body_mass", 1.5), ("body_inertia", 1.5), ("dof_damping", 1.3), ("geom_friction", 1.5))
+
+
+# ------------------------------------------------------------------------------------------ the rules
+def cheetah_observation(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    """(..., 9) and (..., 9) -> (..., 20). The torso hangs on two slides, x and z, from (0, 0, 0.7)."""
+    x, z = qpos[..., :1], qpos[..., 1:2]
+    return np.concatenate([qpos[..., 1:], qvel, x, np.zeros_like(x), z + 0.7], -1)
+
+
+def cheetah_reward(velocity, goal, actions) -> np.ndarray:
+    return -np.abs(velocity - goal) - 0.05 * np.square(actions).sum(-1)
+
+
+def walker_observation(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    return np.concatenate([qpos[..., 1:], np.clip(qvel, -10, 10)], -1)
+
+
+def walker_reward(velocity, qpos, actions) -> np.ndarray:
+    """The bonus of 1 is taken back where the torso's height leaves (0.8, 2.0) or its angle (-1, 1)."""
+    height, angle = qpos[..., 1], qpos[..., 2]
+    healthy = (height > 0.8) & (height < 2.0) & (angle > -1) & (angle < 1)
+    return velocity + healthy - 1e-3 * np.square(actions).sum(-1)
+
+
+def scale_model(model: mujoco.MjModel, task) -> None:
+    """Multiply the model's own parameters by those of a Walker task (65 numbers)."""
+    used = 0
+    for name, base in SCALED:
+        array = getattr(model, name)
+        array *= base ** np.reshape(task[used : used + array.size], array.shape)
+        used += array.size
+
+
+# ----------------------------------------------------------------------------------------- one task
+class CheetahVel(HalfCheetahEnv):
+    """Registered as `t2mir/CheetahVel-v0` (200 steps). Raises ValueError for a task that is not one velocity."""
+
+    def __init__(self, task=(1.0,), **options):
+        self.velocity = check_tasks("cheetah-vel", [task])[0][0]
+        super().__init__(**options)
+        gym.utils.EzPickle.__init__(self, task, **options)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (20,), np.float64)
+
+    def _get_obs(self):
+        return cheetah_observation(self.data.qpos, self.data.qvel)
+
+    def step(self, action):
+        return super().step(np.clip(action, -1, 1))
+
+    def _get_rew(self, x_velocity, action):
+        return float(cheetah_reward(x_velocity, self.velocity, action)), {}
+
+
+class WalkerParam(Walker2dEnv):
+    """Registered as `t2mir/WalkerParam-v0` (200 steps). Raises ValueError for a task that is not 65 exponents."""
+
+    def __init__(self, task=(0.0,) * 65, **options):
+        task = check_tasks("walker-param", [task])[0]
+        super().__init__(terminate_when_unhealthy=False, **options)
+        gym.utils.EzPickle.__init__(self, task, **options)
+        scale_model(self.model, task)
+
+    def step(self, action):
+        return super().step(np.clip(action, -1, 1))
+
+
+# --------------------------------------------------------------------------------------- many tasks
+class BatchedMuJoCo:
+    """N rows, each with a model of its own or all with one. Subclasses say what is observed and paid."""
+
+    frame_skip: int
+    success = None
+
+    def __init__(self, models: list[mujoco.MjModel], rows: int, seed: int, threads: int = 0):
+        """`threads` 0: on the calling thread (collection runs one process a core); else a pool of so many."""
+        self.models, self.rng = models, np.random.default_rng(seed)
+        model = models[0]
+        self.nq, self.nv, self.dt = model.nq, model.nv, model.opt.timestep * self.frame_skip
+        self.qpos0 = model.qpos0.copy()
+        self.datas = [mujoco.MjData(model) for _ in range(max(1, threads))]
+        self.rollout = Rollout(nthread=threads)
+        size = mujoco.mj_stateSize(model, FULL)
+        self.state = np.zeros((rows, size))  # time, qpos, qvel
+        self.out = np.zeros((rows, self.frame_skip, size))
+        self.sensors = np.zeros((rows, self.frame_skip, model.nsensordata))
+        self.warm = np.zeros((rows, model.nv))
+
+    @property
+    def qpos(self) -> np.ndarray:
+        return self.state[:, 1 : 1 + self.nq]
+
+    @property
+    def qvel(self) -> np.ndarray:
+        return self.state[:, 1 + self.nq : 1 + self.nq + self.nv]
+
+    def reset(self) -> np.ndarray:
+        self.state[:] = 0
+        self.qpos[:], self.qvel[:] = self.start(len(self.state))
+        return self.observe().astype(np.float32)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        actions = np.clip(np.asarray(actions, float), -1, 1)
+        before = self.qpos[:, 0].copy()
+        control = np.repeat(actions[:, None], self.frame_skip, 1)
+        self.rollout.rollout(
+            self.models, self.datas, self.state, control, skip_checks=True, nstep=self.frame_skip,
+            initial_warmstart=self.warm, state=self.out, sensordata=self.sensors,
+        )  # fmt: skip
+        self.state[:] = self.out[:, -1]
+        rewards = self.pay((self.qpos[:, 0] - before) / self.dt, actions)
+        return self.observe().astype(np.float32), rewards.astype(np.float32)
+
+
+class BatchedCheetahVel(BatchedMuJoCo):
+    """N Cheetahs: states (N, 20) float32, actions (N, 6) -> rewards (N,) float32."""
+
+    spec, frame_skip = SPECS["cheetah-vel"], 5
+
+    def __init__(self, tasks, seed: int = 0, threads: int = 0):
+        self.goals = np.asarray(tasks, float)[:, 0]
+        model = mujoco.MjModel.from_xml_path(expand_model_path("half_cheetah.xml"))
+        super().__init__([model] * len(tasks), len(tasks), seed, threads)
+
+    def start(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        noise = self.rng.uniform(-0.1, 0.1, (rows, self.nq))
+        return self.qpos0 + noise, 0.1 * self.rng.standard_normal((rows, self.nv))
+
+    def observe(self) -> np.ndarray:
+        return cheetah_observation(self.qpos, self.qvel)
+
+    def pay(self, velocity: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return cheetah_reward(velocity, self.goals, actions)
+
+
+class BatchedWalkerParam(BatchedMuJoCo):
+    """N Walkers: states (N, 17) float32, actions (N, 6) -> rewards (N,) float32. Equal tasks share a model."""
+
+    spec, frame_skip = SPECS["walker-param"], 4
+
+    def __init__(self, tasks, seed: int = 0, threads: int = 0):
+        path, models = expand_model_path("walker2d_v5.xml"), {}
+        for task in map(tuple, tasks):
+            if task not in models:
+                models[task] = mujoco.MjModel.from_xml_path(path)
+                scale_model(models[task], task)
+        super().__init__([models[tuple(task)] for task in tasks], len(tasks), seed, threads)
+
+    def start(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        noise = self.rng.uniform(-5e-3, 5e-3, (rows, self.nq + self.nv))
+        return self.qpos0 + noise[:, : self.nq], noise[:, self.nq :]
+
+    def observe(self) -> np.ndarray:
+        return walker_observation(self.qpos, self.qvel)
+
+    def pay(self, velocity: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return walker_reward(velocity, self.qpos, actions)

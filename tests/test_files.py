@@ -1,0 +1,271 @@
+"""How anything is written: whole or not at all, same content same bytes, one process a folder, room on the disk.
+
+Run: pytest tests/test_files.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import files
+from files import load_tensors, need_space, only_writer, save_arrays, save_tensors, write_atomically
+
+ABOUT = {"t2mir": "1", "kind": "test", "step": "64", "settings": '{"lr": 0.1, "name": "ü"}', "zeta": "", "alpha": "a b"}
+TESTS = Path(__file__).resolve().parent
+
+
+def tensors():
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "w": torch.randn(3, 5, generator=rng),
+        "a.step": torch.tensor(7.0),
+        "turned": torch.randn(4, 6, generator=rng).T,  # not contiguous
+        "grad": torch.randn(2, 1, generator=rng).requires_grad_(),
+        "count": torch.arange(5),
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 3),
+    }
+
+
+def process(code, *args, hash_seed="0"):
+    """Python code in a fresh process that finds files.py and this file."""
+    env = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1", "PATH": "", "PYTHONHASHSEED": hash_seed}
+    line = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def one_line(error, *parts):
+    text = str(error.value)
+    assert "\n" not in text
+    assert all(str(part) in text for part in parts), text
+
+
+# --------------------------------------------------------------------------------------------- tensors
+def test_tensors_and_header_come_back(tmp_path):
+    path = tmp_path / "new" / "x.safetensors"
+    save_tensors(path, tensors(), ABOUT)
+    found, about = load_tensors(path)
+    assert about.pop("crc").isdigit() and about == ABOUT
+    assert found.keys() == tensors().keys()
+    for name, value in tensors().items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
+        assert found[name].zero_().count_nonzero() == 0  # it can be written to
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_others_can_read_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors(), ABOUT)
+    with safe_open(path, framework="pt") as file:
+        assert {**ABOUT, "crc": file.metadata()["crc"]} == file.metadata()
+        assert set(file.keys()) == set(tensors())
+        for name, value in tensors().items():
+            assert torch.equal(file.get_tensor(name), value), name
+    blob = path.read_bytes()
+    assert int.from_bytes(blob[:8], "little") % 8 == 0  # the format wants the tensors aligned
+
+
+def test_same_content_same_bytes(tmp_path):
+    """In any process: the library's own writer orders the header by a hash that is seeded anew."""
+    code = "import sys; from pathlib import Path; from test_files import *; "
+    code += "[save_tensors(Path(sys.argv[1]) / f'{i}', tensors(), ABOUT) for i in range(4)]"
+    for name, seed in (("one", "1"), ("two", "2")):
+        child = process(code, tmp_path / name, hash_seed=seed)
+        assert child.communicate(timeout=100)[1] == "" and child.returncode == 0
+    blobs = {path.read_bytes() for path in tmp_path.glob("*/*")}
+    assert len(list(tmp_path.glob("*/*"))) == 8 and len(blobs) == 1
+    save_tensors(tmp_path / "x", tensors(), {**ABOUT, "step": "65"})
+    assert (tmp_path / "x").read_bytes() not in blobs
+
+
+def test_any_damaged_byte_of_the_tensors_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors(), ABOUT)
+    blob = path.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    assert len(blob) - start > 200
+    for place in (0, 5, 8, *range(start, len(blob))):  # and of the header's length and beginning
+        path.write_bytes(blob[:place] + bytes([blob[place] ^ 0x10]) + blob[place + 1 :])
+        with pytest.raises(ValueError, match="damaged") as error:
+            load_tensors(path)
+        one_line(error, path)
+    path.write_bytes(blob)
+    load_tensors(path)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 100, -1, -60])
+def test_truncated_file_is_refused(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors(), ABOUT)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_tensors(path)
+    one_line(error, path)
+
+
+@pytest.mark.parametrize("about", [None, {}, {"step": "3"}, {"crc": "12"}])
+def test_foreign_tensors_are_refused(tmp_path, about):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3)}, path, metadata=about)
+    with pytest.raises(ValueError, match="checksum") as error:
+        load_tensors(path)
+    one_line(error, path)
+
+
+@pytest.mark.parametrize("content", [b"no tensors\nat all", b"{}" * 500, np.zeros(99).tobytes(), None])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_tensors(path)
+    one_line(error, path)
+
+
+def test_arrays_come_back_and_same_content_same_bytes(tmp_path, monkeypatch):
+    arrays = {"b": np.arange(6.0).reshape(2, 3), "a": np.zeros(1000, np.int64), "flags": np.array([True])}
+    save_arrays(tmp_path / "one.npz", arrays)
+    later = time.localtime(time.time() + 1e6)
+    monkeypatch.setattr(time, "localtime", lambda *_: later)  # a zip file has room for its members' time
+    save_arrays(tmp_path / "two.npz", arrays)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert (tmp_path / "one.npz").stat().st_size < 2000
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
+        assert file.files == list(arrays)
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(file[name], value, strict=True)
+
+
+# ------------------------------------------------------------------------------------------ whole or not
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "x"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        assert path.read_text() == "old" and temporary.parent == path.parent
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(path, fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_new_file_appears_whole(tmp_path):
+    path = tmp_path / "deep" / "er" / "x"
+
+    def write(temporary):
+        temporary.write_text("ha")
+        assert not path.exists()
+        temporary.write_text("half and the rest")
+
+    write_atomically(path, write)
+    assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("x", "half and the rest")]
+
+
+def test_failing_arrays_leave_nothing(tmp_path, monkeypatch):
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_arrays(tmp_path / "x.npz", {"a": np.zeros(3)})
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- one writer
+HOLD = """
+import sys, time
+from pathlib import Path
+from files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+    print(time.monotonic(), flush=True)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Starts a process that holds tmp_path / "run" for so many seconds."""
+    children = []
+
+    def start(seconds):
+        children.append(process(HOLD, tmp_path / "run", seconds))
+        assert children[0].stdout.readline() == "held\n"
+        return children[0]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_second_process_is_refused_until_the_first_is_killed(tmp_path, holder):
+    child = holder(1000)
+    with pytest.raises(ValueError, match="another process is writing") as error, only_writer(tmp_path / "run"):
+        pass
+    one_line(error, tmp_path / "run")
+    before = time.monotonic()
+    with pytest.raises(ValueError, match="another process"), only_writer(tmp_path / "run", seconds=0.5):
+        pass
+    assert time.monotonic() - before >= 0.5
+    with only_writer(tmp_path / "other"):  # another folder is free
+        pass
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+def test_waits_for_the_first_to_end(tmp_path, holder):
+    child = holder(1.5)
+    with only_writer(tmp_path / "run", seconds=100):
+        now = time.monotonic()
+        assert float(child.communicate(timeout=100)[0]) <= now
+
+
+def test_lock_is_left_however_the_block_ends(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyError), only_writer(tmp_path / "run"):
+            with pytest.raises(ValueError, match="another process"), only_writer(tmp_path / "run"):
+                pass
+            raise KeyError
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- room
+def test_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(place):
+        asked.append(Path(place))
+        return namedtuple("usage", "total used free")(10e9, 8e9, 2e9)
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    folder = tmp_path / "not" / "there" / "yet"
+    need_space(folder, 2e9)
+    with pytest.raises(ValueError, match=r"about 2\.5 GB and 2\.0 GB are free: make room") as error:
+        need_space(folder, 2.5e9)
+    one_line(error, folder)
+    assert asked == [tmp_path] * 2 and not (tmp_path / "not").exists()
+
+
+def test_room_of_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    need_space(Path("new/folder"), 1)
+    with pytest.raises(ValueError, match="make room"):
+        need_space(Path("new/folder"), 1e18)
