@@ -21,7 +21,7 @@ bench: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: t2mir needs Python 3.11 or newer; try make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,tensorboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,tensorboard,ray,minari]'
 	touch .venv/ready
 
 clean:

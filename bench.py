@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -39,7 +40,7 @@ from models import T2MIR, ModelConfig
 from moe import Experts
 from policies import ADPolicy
 from router import Routing, eq1_top_k_gate
-from sac import Replay, SACConfig, StackedSAC
+from sac import Replay, SACConfig, StackedSAC, train_sac
 from train import imitation_loss, make_optimizer
 
 # the batches that published timings of the official code used on a machine of two cores
@@ -279,6 +280,54 @@ def sac_updates(way, hidden: int) -> dict:
     return {"updates_per_s": updates, "ceiling_share": updates * sac_flops(hidden, 256) / ceiling()}
 
 
+CURVE = SACConfig(2000, 100, 20, hidden=64, replay=2000)  # Table 2's Point-Robot, with narrower networks
+GOALS = [[0.8, 0.6], [-0.5, 0.9], [0.3, -0.7], [-0.9, -0.4], [0.0, 1.0]]
+
+
+def curve(returns: np.ndarray) -> dict:
+    """(runs, episodes) to the mean return of the ten episodes before steps 500, 1000 and 2000."""
+    return {f"return_{step}": float(returns[:, step // 20 - 10 : step // 20].mean()) for step in (500, 1000, 2000)}
+
+
+def sac_curve_stacked() -> dict:
+    """Training returns of stacked SAC on five goals, three seeds each, all in one stack."""
+    batch, rewards = make_batch("point-robot", GOALS * 3), []
+    step = batch.step
+
+    def watched(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states, reward = step(actions)
+        rewards.append(reward)
+        return states, reward
+
+    batch.step = watched
+    with tempfile.TemporaryDirectory() as folder:
+        train_sac(batch, CURVE, (0, 0), Path(folder))
+    returns = np.stack(rewards, 1).reshape(len(GOALS) * 3, -1, batch.spec.horizon).sum(-1)
+    return curve(returns) | spread(returns)
+
+
+def sac_curve_sb3() -> dict:
+    """The same by stable-baselines3, one run after the other."""
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.monitor import Monitor
+
+    returns = []
+    for seed in range(3):
+        for goal in GOALS:
+            env = Monitor(make_env("point-robot", goal))
+            options = {"learning_starts": CURVE.warmup, "buffer_size": CURVE.replay, "ent_coef": CURVE.alpha}
+            net = {"net_arch": [CURVE.hidden] * 2}
+            SAC("MlpPolicy", env, policy_kwargs=net, seed=seed, device="cpu", **options).learn(CURVE.steps)
+            returns.append(env.get_episode_rewards())
+    return curve(np.array(returns)) | spread(np.array(returns))
+
+
+def spread(returns: np.ndarray) -> dict:
+    """The deviation over three seeds of the mean over goals, at the end: (3 * goals, episodes)."""
+    last = returns[:, -10:].mean(1).reshape(3, -1).mean(1)
+    return {"seed_deviation": float(last.std(ddof=1))}
+
+
 CONTINUOUS = [name for name, spec in SPECS.items() if spec.state_values is None and name != "cheetah-vel-3cluster"]
 MEASUREMENTS = {
     **{f"{b}-{env}-train": partial(train_step, env, b) for env, b in BATCH},
@@ -293,6 +342,8 @@ MEASUREMENTS = {
         for way in ("sync", "async", "threads")
     },
     **{f"sac-{hidden}-stacked": partial(sac_updates, sac_stacked, hidden) for hidden in (128, 256)},
+    "sac-curve-stacked": sac_curve_stacked,
+    "sac-curve-sb3": sac_curve_sb3,
     **{f"sac-{hidden}-sb3": partial(sac_updates, sac_sb3, hidden) for hidden in (128, 256)},
 }
 

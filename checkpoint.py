@@ -80,7 +80,8 @@ def read_tasks(folder: str | Path) -> dict[str, list]:
 
 def read_reference(folder: str | Path, split: str) -> dict[str, list[float]] | None:
     """{"random": ..., "expert": ...} of each task of a split, if the run's dataset knew them."""
-    known = (read_config(folder)["task_split"].get("reference") or {}).get(split)
+    known = read_config(folder)["task_split"].get("reference")
+    known = known.get(split) if isinstance(known, dict) else None
     return known if isinstance(known, dict) and known.get("random") and known.get("expert") else None
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,7 @@ class CollectConfig:
     quality: Quality = "mixed"
     """App. D.2: which stages of the expert's training make the data."""
     recipe: Recipe = "paper"
-    """paper: the task's own expert. explore, wander: mostly others', which do not know the task."""
+    """paper: the task's own expert. explore, wander: also behaviour that does not know the task."""
     episodes: int = 200
     """Episodes of each training task."""
     queries: int = 1000
@@ -86,6 +87,8 @@ class CollectConfig:
     """Address of a Ray cluster instead (`auto`, `local`, host:port)."""
     expert_device: str = "cpu"
     """SAC's networks on cpu or cuda."""
+    export_minari: str | None = None
+    """Also write the dataset under this folder in Minari's format (minari_io.py)."""
 
     def experts(self) -> ExpertConfig | None:
         """Settings of the experts, where there are any. Raises ValueError for ones that cannot be."""
@@ -93,11 +96,6 @@ class CollectConfig:
             if any(getattr(self, name) for name in vars(self) if name.startswith("expert_") and name not in _FIXED):
                 raise ValueError(f"{self.env}'s expert is a rule: it has no --expert-... settings")
             return None
-        if self.recipe == "wander" or (self.recipe == "explore" and get_spec(self.env).expert == "ppo"):
-            why = (
-                "its queries are labelled by whoever acted" if self.recipe == "explore" else "it is for darkroom alone"
-            )
-            raise ValueError(f"--recipe {self.recipe} is not for {self.env}: {why}")
         names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha", "seed", "group")
         found = ExpertConfig(self.env, **{name: getattr(self, f"expert_{name}") for name in names})
         found.algorithm()
@@ -108,7 +106,7 @@ class CollectConfig:
 
 
 _FIXED = ("expert_seed", "expert_group", "expert_device")
-_WHERE = ("folder", "tasks", "workers", "cluster", "expert_device")
+_WHERE = ("folder", "tasks", "workers", "cluster", "expert_device", "export_minari")
 
 
 def settings_of(cfg: CollectConfig) -> dict:
@@ -139,7 +137,11 @@ def check(cfg: CollectConfig) -> None:
         raise ValueError("--episodes must be at least 5 and --queries at least 1")
     if cfg.workers < 0:
         raise ValueError("--workers must not be negative (0: one a core)")
+    if min(cfg.seed, cfg.task_seed, cfg.expert_seed) < 0:
+        raise ValueError("--seed, --task-seed and --expert-seed must not be negative")
     check_cluster(cfg.cluster)
+    if cfg.export_minari and find_spec("minari") is None:
+        raise ValueError("--export-minari needs Minari: pip install 't2mir[minari]'")
     cfg.experts()
     if cfg.expert_device != "cpu":
         from distributed import resolve_device
@@ -165,7 +167,7 @@ def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
     known = [None] * len(train)  # checksums of a dataset that was complete once
     if (folder / "meta.json").exists():
         old = read_meta(folder)
-        if any(old.get(key) != value for key, value in meta.items()):
+        if any(old.get(key) != value for key, value in meta.items()) or len(old.get("sha256", ())) != len(train):
             raise ValueError(f"{folder} holds a dataset of other settings or tasks; use another --folder or remove it")
         known = old["sha256"]
         if all((folder / part_name(i)).exists() for i in range(len(train))):
@@ -173,19 +175,24 @@ def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
     row = spec.state_dim + (1 if spec.discrete_actions else spec.action_dim) + 1
     need_space(folder, len(train) * cfg.episodes * spec.horizon * row * (4 if spec.state_values is None else 1))
     experts = cfg.experts()
+
+    def read(task: int) -> tuple[str, np.ndarray]:
+        """Checksum and returns of a part."""
+        sha256 = known[task] or file_hash(folder / part_name(task))
+        part = load_part(folder, task, {**meta, "sha256": {task: sha256}}, spec)
+        return sha256, part["rewards"].sum(-1)
+
     with only_writer(folder):
+        done = {i: read(i) for i in range(len(train)) if (folder / part_name(i)).exists()}  # damage shows before work
         if experts is None:
             found = {}
             make_darkroom(cfg, train, folder, quiet)
         else:
             found = make_from_experts(cfg, experts, train, test, folder, quiet)
-        hashes, returns = [], []
-        for index in range(len(train)):
-            hashes.append(known[index] or file_hash(folder / part_name(index)))
-            returns.append(load_part(folder, index, {**meta, "sha256": hashes}, spec)["rewards"].sum(-1))
+        hashes, returns = zip(*(done.get(i) or read(i) for i in range(len(train))), strict=True)
         if experts is not None:
             found["maximum"] = maximum(found, np.array(returns))
-        meta |= found | {"sha256": hashes}
+        meta |= found | {"sha256": list(hashes)}
         write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
     if not quiet:
         print(f"{folder}: {len(train)} tasks x {cfg.episodes} episodes, return {np.mean(returns):.1f} on average")
@@ -215,8 +222,8 @@ def make_from_experts(
     known = train_experts(Path(cfg.folder), settings, train + test, device=cfg.expert_device, quiet=quiet, **place)
     if not quiet:
         print(describe(known, train + test))
-    explore = cfg.recipe == "explore"
-    parts = parts_of(known, len(train), cfg.quality, explore, cfg.episodes, cfg.queries, cfg.seed, folder, part_name)
+    names = [folder / part_name(i) for i in range(len(train))]
+    parts = parts_of(known, len(train), cfg.quality, cfg.recipe, cfg.episodes, cfg.queries, cfg.seed, names)
     missing = [part for part in parts if not Path(part.path).exists()]
     bar = progress(total=len(parts), initial=len(parts) - len(missing), desc=f"collecting {folder.name}", unit="task",
                    disable=quiet)  # fmt: skip
@@ -236,8 +243,8 @@ def reference(known: Experts, train: list, test: list) -> dict:
     found, first = {}, 0
     for name, tasks in (("train", train), ("test", test)):
         rows = slice(first, first + len(tasks))
-        found[name] = {"random": known.random[rows].round(3).tolist(), "expert": known.best[rows].round(3).tolist()}
-        found[name]["highest"] = known.highest[rows].round(3).tolist()
+        numbers = {"random": known.random, "expert": known.best, "highest": known.highest}
+        found[name] = {key: values[rows].astype(float).round(3).tolist() for key, values in numbers.items()}
         first += len(tasks)
     return found
 
@@ -256,7 +263,13 @@ if __name__ == "__main__":
 
     try:
         torch.set_num_threads(1)
-        collect(parse_collect())
+        settings = parse_collect()
+        made = collect(settings)
+        if settings.export_minari:
+            from minari_io import export_minari
+
+            ids = export_minari(made, Path(settings.export_minari), settings.env)
+            print(f"{settings.export_minari}: {len(ids)} Minari datasets, {ids[0]} first")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

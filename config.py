@@ -81,7 +81,7 @@ class Config:
     quality: Quality = "mixed"
     """Which stages of the expert's training make the data."""
     recipe: Recipe = "paper"
-    """paper: the paper's data. explore, wander (DarkRoom): behaviour that does not know the goal."""
+    """paper: the paper's data. explore, wander: also behaviour that does not know the task."""
     data_episodes: int = 200
     """Episodes of each training task."""
     data_queries: int = 1000
@@ -122,6 +122,8 @@ class Config:
     """JSON file {"train": [...], "test": [...]} instead of the seeded split."""
     datasets: str = "datasets"
     """Folder of the datasets; what is missing is collected."""
+    data: str | None = None
+    """Train on this dataset folder, whatever made it, instead of collecting one."""
 
     # optimisation
     init: str | None = None
@@ -330,14 +332,17 @@ CPU = {
     ("darkroom", "dpt"): _CPU_DPT | dict(
         recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
-    ("point-robot", "ad"): _CPU_AD | dict(steps=4000, batch=32, episodes=20),
+    ("point-robot", "ad"): _CPU_AD | dict(recipe="wander", steps=2000, batch=32, episodes=20, first="random"),
     ("point-robot", "dpt"): _CPU_DPT | dict(
-        recipe="explore", steps=3000, batch=32, queries=32, prompt_length=80, episodes=20, prompt="all", first="random",
+        recipe="explore", steps=2000, batch=32, queries=32, prompt_length=60, episodes=20, prompt="all", first="random",
     ),
 }
 for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "push"):
-    CPU[_env, "ad"] = _CPU_AD | dict(steps=2000, batch=8, episodes=20, prompt_length=3 * SPECS[_env].horizon, history=2)
-    CPU[_env, "dpt"] = _CPU_DPT | dict(steps=2000, batch=16, queries=32, episodes=10)
+    _long = 3 * SPECS[_env].horizon
+    CPU[_env, "ad"] = _CPU_AD | dict(steps=1000, batch=8, episodes=15, prompt_length=_long, history=2, eval_every=250)
+    CPU[_env, "dpt"] = _CPU_DPT | dict(steps=1500, batch=16, queries=32, episodes=10, eval_every=500)
+    if SPECS[_env].expert == "sac":
+        CPU[_env, "dpt"] |= dict(recipe="explore")
 # fmt: on
 
 

@@ -289,7 +289,7 @@ class BatchedPointRobot:
 # ------------------------------------------------------------------------------------- every family
 # fmt: off
 for _id, _entry, _horizon in (
-    ("t2mir/DarkRoom-v0", DarkRoom, 100), ("t2mir/PointRobot-v0", PointRobot, 20),
+    ("t2mir/DarkRoom-v0", "envs:DarkRoom", 100), ("t2mir/PointRobot-v0", "envs:PointRobot", 20),
     ("t2mir/CheetahVel-v0", "locomotion:CheetahVel", 200), ("t2mir/WalkerParam-v0", "locomotion:WalkerParam", 200),
     ("t2mir/Reach-v0", "manipulation:Reach", 100), ("t2mir/Push-v0", "manipulation:Push", 100),
 ):
@@ -335,7 +335,8 @@ def task_limits(env: str) -> tuple[np.ndarray, np.ndarray]:
     if env in ("reach", "push"):
         import manipulation
 
-        return manipulation.REACH_GOALS if env == "reach" else manipulation.PUSH_GOALS
+        low, high = manipulation.REACH_GOALS if env == "reach" else manipulation.PUSH_GOALS
+        return np.array(low), np.array(high)
     limit = {"point-robot": 2.0, "walker-param": 3.0}.get(env, 10.0 if env in SPECS else np.inf)
     return np.full(get_spec(env).task_numbers, -limit), np.full(get_spec(env).task_numbers, limit)
 
@@ -456,11 +457,12 @@ def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
 
 @cache
 def _random_returns(env: str, tasks: tuple, episodes: int) -> np.ndarray:
-    batch, rng = make_batch(env, [task for task in tasks for _ in range(episodes)], 0), np.random.default_rng(0)
+    spec, batch = get_spec(env), make_batch(env, [task for task in tasks for _ in range(episodes)], seed=0)
+    rng = np.random.default_rng(1)  # not the starts' own: an action would go on where its start points to
     batch.reset()
     total = 0.0
-    for _ in range(batch.spec.horizon):
-        _, rewards = batch.step(rng.uniform(-1, 1, (len(tasks) * episodes, batch.spec.action_dim)).astype(np.float32))
+    for _ in range(spec.horizon):
+        _, rewards = batch.step(rng.uniform(-1, 1, (len(tasks) * episodes, spec.action_dim)).astype(np.float32))
         total = total + rewards.astype(float)
     return total.reshape(len(tasks), episodes).mean(1)
 

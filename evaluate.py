@@ -54,7 +54,7 @@ def play(
         states = torch.from_numpy(batch.reset())
         policy.begin(history, len(tasks))
         steps = []
-        for _ in range(batch.spec.horizon):
+        for _ in range(get_spec(env).horizon):
             actions = policy.act(states)
             following, rewards = batch.step(actions.numpy())
             rewards = torch.from_numpy(rewards)
@@ -95,6 +95,7 @@ def draw_curve(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     episode = np.arange(1, returns.shape[1] + 1)
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -107,6 +108,7 @@ def draw_curve(
         if value is not None:
             axis.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.1f}")
     axis.set(xlabel="episode", ylabel="return on held-out tasks", title=title, xlim=(1, max(2, len(episode))))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, loc="best")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
@@ -171,9 +173,8 @@ def evaluate_run(
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
-    variant = (actions if spec.discrete_actions else "mean") + (
-        f"-{prompt}" if cfg.backbone == "dpt" else f"-history{history}"
-    )
+    how = [actions if spec.discrete_actions else "mean", prompt if cfg.backbone == "dpt" else f"history{history}"]
+    variant = "-".join(how + ["random-first"] * (first == "random"))
     if results is None:
         target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
     else:
@@ -245,7 +246,7 @@ def print_table(row: dict, curve: np.ndarray, ceiling: np.ndarray | None, last: 
     for name in ("optimum", "expert_return", "random_return", "paper_return"):
         low += [(name.removesuffix("_return"), row[name] or "-")]
     best = "optimum" if row["optimum"] else "expert_return"
-    if row[best]:
+    if row[best] and row[best] != row["random_return"]:
         share = normalised(*(float(row[k]) for k in ("last_return", "random_return", best)))
         low += [(f"random 0, {best.removesuffix('_return')} 1: last {last}", f"{share:.3f}")]
     if row["success"]:

@@ -14,9 +14,11 @@ checkpoint's of that task (1); with negative returns a plain percentage would me
     medium-expert   those below 0.8        every dataset holds the same number of episodes of each of its
     medium          those below 0.5        checkpoints (but for one, where the numbers do not divide)
 
-`--recipe explore` (a departure: Sec. 3.1 allows "arbitrary behaviour policies") lets other tasks' checkpoints play
-three quarters of a task's episodes. A prompt by the task's own policies gives the task away through its actions,
-which a policy's own first episode never does; only rewards tell when behaviour does not know the task.
+Two departures (Sec. 3.1 allows "arbitrary behaviour policies"): a prompt by the task's own policies gives the task
+away through its actions, which a policy's own first episode never does; only rewards tell when behaviour does not
+know the task. With `--recipe explore` other tasks' checkpoints play three quarters of a task's episodes, which helps
+DPT; with `--recipe wander` half of them are random actions, which helps AD: it imitates all it reads, and nothing can
+be imitated there. Queries are states of the task's own episodes.
 Behaviour is sampled from the policies; the labels of DPT's queries are the *mean* actions of the best checkpoint
 that the quality has (100, 80, 50 %). Reach and Push label with the behaviour's own actions (App. D.2).
 Differs from the paper: "final achieved level" is that of the best checkpoint, because SAC's last is often not.
@@ -27,18 +29,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from envs import get_spec, make_batch, make_env, optimal_returns, random_returns
-from files import need_space, only_writer, progress, save_arrays
+from files import load_tensors, need_space, only_writer, progress, save_arrays
 from jobs import run_jobs
 from ppo import PPOConfig, train_ppo
 from sac import SACConfig, mlp, policy_file, squashed, train_sac
@@ -75,7 +76,7 @@ class ExpertConfig:
         """Raises ValueError for a setting that the family's algorithm does not have or that cannot be."""
         given = {k: getattr(self, k) for k in ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")}
         given = {k: v for k, v in given.items() if v}
-        if min([self.group, self.level_episodes, *given.values()]) < 0 or not self.group or not self.level_episodes:
+        if not all(v > 0 for v in (self.group, self.level_episodes, *given.values())):
             raise ValueError("settings of experts must be positive (0: the paper's)")
         base, horizon = PAPER.get(self.env), get_spec(self.env).horizon
         if base is None:  # a family of the user's
@@ -125,12 +126,13 @@ def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(N
     for step in steps:
         path = policy_file(folder, step)
         try:
-            with safe_open(path, framework="pt") as file:
-                kind = file.metadata()["kind"]
-                parts.append({name: file.get_slice(name)[rows] for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{path} is damaged ({why}): delete {folder} to train its tasks anew") from None
+            tensors, about = load_tensors(path)
+            kind = about.get("kind")
+            if kind not in ("sac", "ppo"):
+                raise ValueError(f"{path} holds no policies")
+        except ValueError as error:
+            raise ValueError(f"{error}: delete {folder} to train its tasks anew") from None
+        parts.append({name: tensor[rows] for name, tensor in tensors.items()})
     stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Policies(kind, [stacked[f"{k}{i}"] for i in range(3) for k in "wb"], stacked.get("log_std"))
 
@@ -143,8 +145,10 @@ def join(several: Sequence[Policies]) -> Policies:
 
 
 @torch.inference_mode()
-def rollout(policies: Policies, env: str, tasks: list, episodes: int, seed: Sequence[int], sampled: bool) -> dict:
-    """`episodes` episodes of each of M policies on its own task, all at once.
+def rollout(
+    policies: Policies | None, env: str, tasks: list, episodes: int, seed: Sequence[int], sampled: bool
+) -> dict:
+    """`episodes` episodes of each of M policies on its own task, all at once; None: uniformly random actions.
 
     states (M, episodes, T, ds), actions (M, episodes, T, da), rewards (M, episodes, T), success (M, episodes) bool.
     """
@@ -154,7 +158,10 @@ def rollout(policies: Policies, env: str, tasks: list, episodes: int, seed: Sequ
     rng = torch.Generator().manual_seed(streams[1]) if sampled else None
     states, rows = batch.reset(), []
     for _ in range(spec.horizon):
-        actions = policies.act(torch.from_numpy(states).view(many, episodes, -1), rng).flatten(0, 1).numpy()
+        if policies is None:
+            actions = 2 * torch.rand(many * episodes, spec.action_dim, generator=rng).numpy() - 1
+        else:
+            actions = policies.act(torch.from_numpy(states).view(many, episodes, -1), rng).flatten(0, 1).numpy()
         following, rewards = batch.step(actions)
         rows.append((states, actions, rewards))
         states = following
@@ -300,16 +307,13 @@ def train_experts(
         state = 40 * hidden**2 * 4 + getattr(algorithm, "replay", 0) * 4 * (2 * spec.state_dim + spec.action_dim + 1)
         need_space(folder, 1.1 * sum(len(group.tasks) for group in missing) * (policy * len(steps) + state))
         with only_writer(folder):
-            title, total = f"experts of {cfg.env}", len(groups) * len(steps)
-            bar = progress(total=total, desc=title, unit="checkpoint", disable=quiet)
 
-            def watch() -> None:
-                bar.update(len(list(folder.glob("group-*/step-*.safetensors"))) - bar.n)
+            def written() -> int:
+                return len(list(folder.glob("group-*/step-*.safetensors")))
 
-            watch()
-            bar.start_t, bar.initial = bar._time(), bar.n  # the estimate is of this start's own speed
-            run_jobs(train_group, missing, workers, cluster, watch)
-            watch()
+            total, title = len(groups) * len(steps), f"experts of {cfg.env}"
+            bar = progress(total=total, initial=written(), desc=title, unit="checkpoint", disable=quiet)
+            run_jobs(train_group, missing, workers, cluster, lambda: bar.update(written() - bar.n))
             bar.close()
     found: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
     highest = []
@@ -318,8 +322,8 @@ def train_experts(
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in found}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it to measure those tasks anew") from None
+        except Exception as error:  # whatever numpy, zipfile and zlib make of damage
+            raise ValueError(f"{path} is damaged ({error!r}): delete it to measure those tasks anew") from None
         highest.append(arrays["sampled"].max((0, 2)))
         for name, values in arrays.items():
             found[name].append(values.mean(2) if values.ndim == 3 else values)
@@ -341,7 +345,7 @@ def describe(experts: Experts, tasks: list) -> str:
 
 
 # -------------------------------------------------------------------------------- a task of a dataset
-OWN_SHARE = 0.25  # of the episodes with `--recipe explore`
+OWN_SHARE = {"paper": 1.0, "explore": 0.25, "wander": 0.5}  # of the episodes, by recipe
 
 
 @dataclass(frozen=True)
@@ -355,29 +359,30 @@ class Part:
     label: int  # step of the checkpoint that labels
     own: int  # episodes
     others: list[tuple[str, int, int]]  # folder, step, row of a policy of another task: an episode each
+    random: int  # episodes of random actions
     queries: int
     seed: int
     path: str
 
 
-def parts_of(experts: Experts, tasks: int, quality: str, explore: bool, episodes: int, queries: int, seed: int,
-             folder: Path, name: Callable[[int], str]) -> list[Part]:  # fmt: skip
-    """The jobs of a dataset of the first `tasks` tasks. With `explore`, three quarters of the episodes of a task are
-    played by other tasks' checkpoints of the same quality, all equally likely.
+def parts_of(
+    experts: Experts, tasks: int, quality: str, recipe: str, episodes: int, queries: int, seed: int, names: list[Path]
+) -> list[Part]:
+    """The jobs of a dataset of the first `tasks` tasks, to be written to `names`. Other tasks' checkpoints are of the
+    same quality, all equally likely.
     """
     chosen = [experts.chosen(quality, i) for i in range(tasks)]
+    own = max(1, round(OWN_SHARE[recipe] * episodes)) if tasks > 1 else episodes
     parts = []
     for i, (behaviour, label) in enumerate(chosen):
         group, row = experts.place(i)
         rng, others = np.random.default_rng([seed, 3, i]), []
-        own = max(1, round(OWN_SHARE * episodes)) if explore and tasks > 1 else episodes
-        for _ in range(episodes - own):
+        for _ in range(episodes - own if recipe == "explore" else 0):
             other = int((i + 1 + rng.integers(tasks - 1)) % tasks)
             where, line = experts.place(other)
             others.append((where.folder, experts.steps[rng.choice(chosen[other][0])], line))
-        steps = [experts.steps[c] for c in behaviour]
-        path = str(folder / name(i))
-        parts.append(Part(group, row, i, steps, experts.steps[label], own, others, queries, seed, path))
+        steps, rest = [experts.steps[c] for c in behaviour], episodes - own - len(others)
+        parts.append(Part(group, row, i, steps, experts.steps[label], own, others, rest, queries, seed, str(names[i])))
     return parts
 
 
@@ -392,17 +397,20 @@ def make_part(part: Part, alive) -> None:
     checkpoint = np.arange(part.own) * many // part.own
     turn = np.arange(part.own) - np.searchsorted(checkpoint, checkpoint)
     arrays = {name: played[name][checkpoint, turn] for name in ("states", "actions", "rewards")}
-    if part.others:
+    if part.others or part.random:
         alive()
-        policies = join([load_policies(Path(where), [step], row) for where, step, row in part.others])
-        played = rollout(policies, env, [goal] * len(part.others), 1, (part.seed, 4, part.task), sampled=True)
+        policies, rest = None, part.random
+        if part.others:
+            policies = join([load_policies(Path(where), [step], row) for where, step, row in part.others])
+            rest = len(part.others)
+        played = rollout(policies, env, [goal] * rest, 1, (part.seed, 4, part.task), sampled=True)
         arrays = {name: np.concatenate([array, played[name][:, 0]]) for name, array in arrays.items()}
     rng = np.random.default_rng([part.seed, 2, part.task])
-    steps = arrays["rewards"].size
+    steps = part.own * arrays["rewards"].shape[1]  # the expert knows what to do where its own training has been
     pick = rng.choice(steps, part.queries, replace=part.queries > steps)
-    states = arrays["states"].reshape(steps, -1)[pick]
+    states = arrays["states"][: part.own].reshape(steps, -1)[pick]
     if get_spec(env).expert == "ppo":
-        labels = arrays["actions"].reshape(steps, -1)[pick]
+        labels = arrays["actions"][: part.own].reshape(steps, -1)[pick]
     else:
         with torch.inference_mode():
             labels = load_policies(folder, [part.label], part.row).act(torch.from_numpy(states)[None])[0].numpy()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -101,7 +102,8 @@ def _run_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], None])
 
     here = str(Path(__file__).resolve().parent)  # on a cluster: a path that all machines see
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    ray.init(cluster, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False, configure_logging=False)
+    quiet = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    ray.init(cluster, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     try:
         remote = ray.remote(num_cpus=1, max_retries=0)(_remote)
         waiting = references = [remote.remote(work, job) for job in jobs]
@@ -120,6 +122,12 @@ def _run_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], None])
 
 
 def check_cluster(cluster: str | None) -> None:
-    """Raises ValueError with one line when Ray is asked for and missing."""
+    """Raises ValueError with one line when Ray is asked for and missing, or when nobody answers at its address."""
     if cluster and find_spec("ray") is None:
         raise ValueError("--cluster needs Ray: pip install 't2mir[ray]'")
+    host, _, port = (cluster or "").rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--cluster: no Ray answers at {cluster} ({error})") from None

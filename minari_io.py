@@ -9,9 +9,9 @@ Read after collect.py. An optional extra:       pip install 't2mir[minari]'
 
 The entry `t2mir` is what makes the way back exact: this task's number, the whole meta.json (environment, quality,
 seeds, training and held-out tasks), the arrays' types (here they have those of the environment's spaces) and a
-checksum of them. Minari has T + 1 observations in an episode of T steps, a dataset folder has T: the last one is
+checksum of it all. Minari has T + 1 observations in an episode of T steps, a dataset folder has T: the last one is
 *repeated*, not observed. Episodes are truncated at the horizon, never terminated. Neither Minari nor this file reads
-or writes a pickle; Minari can make the environment that a file names, so none is read that asks for it.
+or writes a pickle; Minari would make an environment that a file names to learn its spaces, so such files are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +35,10 @@ from data import ARRAYS, FORMAT, file_hash, load_dataset, load_part, part_name
 from envs import EnvSpec, check_tasks, get_spec, split_tasks
 from files import need_space, progress, save_arrays, write_atomically
 
-QUERIES = "queries.npz"
-
 
 def _minari(who: str):
     try:
-        import h5py  # noqa: F401 (the storage of Minari's default format)
+        import h5py  # noqa: F401 (Minari's storage)
         import minari
     except ImportError:
         raise ValueError(f"{who} needs Minari: pip install 't2mir[minari]'") from None
@@ -48,86 +46,95 @@ def _minari(who: str):
 
 
 @contextmanager
-def _whole(folder: Path, inside: str = "") -> Iterator[Path]:
-    """A temporary folder; `inside` it is what becomes `folder` at the end, or nothing does."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists and is never overwritten: name another folder, or remove it")
+def _whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, if all went well."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        (temporary / inside).rename(folder)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _digest(part: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256()
-    for name in ARRAYS:
-        sha.update(f"{name} {part[name].dtype.str} {part[name].shape}".encode() + part[name].tobytes())
-    return sha.hexdigest()
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} exists and is never overwritten: name another folder, or remove it")
+
+
+def _digest(part: dict[str, np.ndarray], task: int, meta: dict) -> str:
+    about = json.dumps([task, meta, [(name, part[name].dtype.str, part[name].shape) for name in ARRAYS]])
+    return hashlib.sha256(b"".join([about.encode(), *(part[name].tobytes() for name in ARRAYS)])).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- export
-def export_minari(folder: Positional[Path], target: Positional[Path]) -> list[str]:
-    """Write the dataset in FOLDER as Minari datasets under TARGET: set MINARI_DATASETS_PATH to it to use them.
+def export_minari(folder: Positional[Path], target: Positional[Path], env: str | None = None) -> list[str]:
+    """Write the dataset in FOLDER as Minari datasets under TARGET, Minari's root (MINARI_DATASETS_PATH). Returns ids.
 
-    Returns their ids. Raises ValueError with one line for a dataset that is not whole and one that is there already.
+    Raises ValueError with one line for a dataset that is not whole and for one that is there already.
 
     Args:
-        folder: a dataset's folder, datasets/...
-        target: a folder for Minari datasets; may hold others.
+        folder: a finished dataset folder.
+        target: where to write.
+        env: for data of a family of your own, the file that defines it.
     """
     minari, folder = _minari("--export-minari"), Path(folder)
-    meta = load_dataset(folder).meta  # checks all of it
+    meta = load_dataset(folder, env).meta  # checks all of it
     spec, tasks = get_spec(meta["env"]), meta["train_tasks"]
-    name = "-".join(meta[k] for k in ("env", "quality", "recipe") if meta.get(k) not in (None, "paper"))
+    kind = [meta[key] for key in ("quality", "recipe") if meta.get(key) not in (None, "paper")]
+    name = re.sub(r"[^-\w]+", "-", "-".join([spec.name, *kind]))
     final, ids = Path(target) / "t2mir" / name, [f"t2mir/{name}/task-{i:03d}-v0" for i in range(len(tasks))]
+    _refuse_existing(final)
     need_space(final, len(tasks) * meta["episodes"] * (spec.horizon + 1) * 8 * (spec.state_dim + spec.action_dim + 1))
-    with _whole(final, inside=f"t2mir/{name}") as root:
+    with _whole(final) as root:
         for i, task in enumerate(progress(tasks, desc=f"exporting {name}", unit="task")):
             part = load_part(folder, i, meta, spec)
-            about = {"task": i, "meta": meta, "last_observation": "repeated", "digest": _digest(part)}
+            about = {"task": i, "meta": meta, "last_observation": "repeated", "digest": _digest(part, i, meta)}
             about["types"] = {key: array.dtype.str for key, array in part.items()}
-            _export_task(minari, root, ids[i], spec, task, part, about)
-    if not (final.parent / "namespace_metadata.json").exists():  # makes that folder one of Minari's namespaces
-        write_atomically(final.parent / "namespace_metadata.json", lambda path: path.write_text("{}"))
+            _export_task(minari, root / Path(ids[i]).name / "data", ids[i], spec, task, part, about)
     return ids
 
 
-def _export_task(minari, root: Path, name: str, spec: EnvSpec, task, part: dict, about: dict) -> None:
-    how = copy.deepcopy(gym.spec(spec.gym_id))
-    how.kwargs = {"task": task}
-    if callable(how.entry_point):  # a file can hold its name alone
-        how.entry_point = f"{how.entry_point.__module__}:{how.entry_point.__qualname__}"
-    env = gym.make(how)
+def _described(spec: EnvSpec, task) -> tuple:
+    """Observation space, action space and Gymnasium's spec of one task's environment; None: it has none there."""
+    if spec.gym_id not in gym.registry:
+        box = gym.spaces.Box(-np.inf, np.inf, (spec.state_dim,))
+        box = gym.spaces.MultiDiscrete(spec.state_values) if spec.state_values else box
+        moves = (
+            gym.spaces.Discrete(spec.action_dim) if spec.discrete_actions else gym.spaces.Box(-1, 1, (spec.action_dim,))
+        )
+        return box, moves, None
+    made_by = copy.deepcopy(gym.spec(spec.gym_id))
+    made_by.kwargs |= {"task": task}
+    if callable(made_by.entry_point):  # a file can hold its name alone
+        made_by.entry_point = f"{made_by.entry_point.__module__}:{made_by.entry_point.__qualname__}"
+    env = gym.make(made_by)
+    env.close()
+    return env.observation_space, env.action_space, made_by
+
+
+def _export_task(minari, path: Path, name: str, spec: EnvSpec, task, part: dict, about: dict) -> None:
+    observation_space, action_space, made_by = _described(spec, task)
 
     def cast(array: np.ndarray, space: gym.Space) -> np.ndarray:
         return array.astype(space.dtype) if np.can_cast(array.dtype, space.dtype) else array
 
-    states = cast(np.concatenate([part["states"], part["states"][:, -1:]], axis=1), env.observation_space)
-    actions, last = cast(part["actions"], env.action_space), np.arange(spec.horizon) == spec.horizon - 1
-    buffer = [
+    states = cast(np.concatenate([part["states"], part["states"][:, -1:]], axis=1), observation_space)
+    actions, last = cast(part["actions"], action_space), np.arange(spec.horizon) == spec.horizon - 1
+    episodes = [
         minari.data_collector.EpisodeBuffer(
-            id=i, observations=states[i], actions=actions[i], rewards=rewards, terminations=~last & last,
-            truncations=last, infos={},
+            observations=s, actions=a, rewards=r, terminations=np.zeros_like(last), truncations=last, infos={}
         )
-        for i, rewards in enumerate(part["rewards"])
-    ]  # fmt: skip
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(root)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that nobody is named as its author
-            text = (
-                f"In-context RL: {spec.name}, task {task}. The last observation of an episode repeats the one before."
-            )
-            made = minari.create_dataset_from_buffers(name, buffer, env=env, description=text)
-    finally:
-        os.environ.pop("MINARI_DATASETS_PATH")
-        os.environ |= {} if before is None else {"MINARI_DATASETS_PATH": before}
-        env.close()
-    made.storage.update_metadata({"t2mir": about})
-    save_arrays(Path(made.storage.data_path) / QUERIES, {k: v for k, v in part.items() if k.startswith("query")})
+        for s, a, r in zip(states, actions, part["rewards"], strict=True)
+    ]
+    path.mkdir(parents=True)
+    new = minari.dataset.minari_storage.MinariStorage.new
+    storage = new(path, observation_space, action_space, env_spec=made_by)
+    text = f"In-context reinforcement learning: {spec.name}, training task {about['task']} ({task})"
+    own = {"dataset_id": name, "minari_version": minari.__version__, "description": text, "t2mir": about}
+    storage.update_metadata(own)
+    storage.update_episodes(episodes)
+    save_arrays(path / "queries.npz", {k: part[k] for k in ("query_states", "query_actions")})
 
 
 # ------------------------------------------------------------------------------------------- import
@@ -140,36 +147,32 @@ def import_minari(
     queries: int = 1000,
     seed: int = 0,
 ) -> Path:
-    """Make the Minari datasets in SOURCE, one a training task, the dataset folder TARGET. Returns it.
+    """Make the dataset folder TARGET of the Minari datasets in SOURCE, one a training task. Returns it.
 
     Those that were exported from here come back as they were, bit for bit. Others need --env and --tasks; their
-    queries are steps of the data itself with the actions taken (as App. D.2 has it for Reach and Push). Raises
-    ValueError with one line for whatever does not fit, before anything is written.
+    queries are steps of the data itself with the actions taken, as App. D.2 has it for Reach and Push. Raises
+    ValueError with one line for whatever does not fit; there is no TARGET then.
 
     Args:
         source: a folder of Minari datasets, such as Minari's root or a namespace in it.
         target: the dataset folder to make.
-        env: task family.
+        env: task family; for one of your own the file that defines it.
         tasks: JSON file {"train": [...], "test": [...]}; training tasks in the order of the datasets.
-        ids: datasets, as paths from SOURCE; all there are, sorted by name, if not given.
+        ids: datasets, as paths from SOURCE; if not given, all there are, by name.
         queries: labelled states of each task; exported datasets bring theirs.
         seed: seed of their choice.
     """
     minari, source, target = _minari("minari_io.py import"), Path(source), Path(target)
-    if target.exists():
-        raise ValueError(f"{target} exists and is never overwritten: name another folder, or remove it")
-    paths = (path.parent.parent.relative_to(source) for path in source.rglob("data/metadata.json"))
-    names = ids or sorted(path.as_posix() for path in paths if not str(path).startswith(".") and "/." not in str(path))
+    _refuse_existing(target)
+    paths = [path.parent.parent.relative_to(source) for path in source.rglob("data/metadata.json")]
+    names = ids or sorted(path.as_posix() for path in paths if not any(part[0] == "." for part in path.parts))
     if not names:
         raise ValueError(f"{source} holds no Minari datasets")
     read = {name: _read(minari, source / name) for name in progress(names, desc=f"reading {source}", unit="task")}
-    own = ["t2mir" in about for about, _, _ in read.values()]
-    if any(own) != all(own):
-        raise ValueError(f"{names[own.index(True)]} was exported from here and {names[own.index(False)]} was not")
-    if own[0]:
-        if tasks is not None:
-            raise ValueError("--tasks is for datasets made elsewhere; these know theirs")
+    if tasks is None and all("t2mir" in about for about, _, _ in read.values()):
         meta, parts = _exported(source, read, env)
+    elif env is None or tasks is None:
+        raise ValueError(f"not all datasets in {source} were exported from here: say --env and --tasks")
     else:
         meta, parts = _foreign(read, env, tasks, queries, seed)
     need_space(target, sum(array.nbytes for part in parts for array in part.values()))
@@ -178,19 +181,23 @@ def import_minari(
             save_arrays(folder / part_name(i), part)
         meta |= {"sha256": [file_hash(folder / part_name(i)) for i in range(len(parts))]}
         write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+        try:
+            load_dataset(folder, meta["env"])  # what it refuses does not come to be
+        except ValueError as error:
+            raise ValueError(f"{source}: {str(error).replace(f'{folder}/', '').split(';')[0]}") from None
     return target
 
 
-def _read(minari, path: Path) -> tuple[dict, gym.envs.registration.EnvSpec | None, list]:
-    """metadata.json, what made the data, and the episodes."""
+def _read(minari, path: Path) -> tuple:
+    """metadata.json, Gymnasium's spec of what made the data (or None), and the episodes."""
     try:
         about = json.loads((path / "data" / "metadata.json").read_text())
-        if not {"observation_space", "action_space"} <= about.keys():  # or Minari would make the environment
+        if not {"observation_space", "action_space"} <= about.keys():  # Minari would make the environment
             raise ValueError("its metadata.json names no spaces")
         dataset = minari.MinariDataset(path / "data")
         return about, dataset.env_spec, list(dataset)
     except Exception as error:  # whatever its storages raise
-        raise ValueError(f"{path} is no whole Minari dataset ({(str(error) or repr(error)).splitlines()[0]})") from None
+        raise ValueError(f"{path} is no whole Minari dataset ({error!r})") from None
 
 
 def _exported(source: Path, read: dict, env: str | None) -> tuple[dict, list]:
@@ -198,88 +205,77 @@ def _exported(source: Path, read: dict, env: str | None) -> tuple[dict, list]:
     parts, metas = {}, []
     for name, (about, _, episodes) in read.items():
         try:
-            own = about["t2mir"]
-            fields = {"actions": [e.actions for e in episodes], "rewards": [e.rewards for e in episodes]}
-            fields["states"] = [e.observations[:-1] for e in episodes]
-            with np.load(source / name / "data" / QUERIES, allow_pickle=False) as file:
-                fields |= dict(file)
-            part = {key: np.asarray(fields[key]).astype(own["types"][key]) for key in ARRAYS}
-            if _digest(part) != own["digest"]:
-                raise ValueError("another checksum")
-            parts[own["task"]], _ = part, metas.append(own["meta"])
+            own, part = about["t2mir"], {"states": [e.observations[:-1] for e in episodes]}
+            part |= {key: [getattr(e, key) for e in episodes] for key in ("actions", "rewards")}
+            with np.load(source / name / "data" / "queries.npz", allow_pickle=False) as file:
+                part |= dict(file)
+            part = {key: np.asarray(part[key]).astype(own["types"][key]) for key in ARRAYS}
+            if _digest(part, own["task"], own["meta"]) != own["digest"]:
+                raise ValueError("its checksum differs")
+            parts[own["task"]] = part
+            metas.append(own["meta"])
+            tasks, known = len(own["meta"]["train_tasks"]), str(own["meta"]["env"])
         except Exception as error:  # a missing entry or file, arrays of other shapes, an archive that is none
-            why = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(f"{source / name} is not as it was exported ({why})") from None
-    meta = metas[0]
-    if any(other != meta for other in metas):
+            raise ValueError(f"{source / name} is not as it was exported ({error!r})") from None
+    if any(meta != metas[0] for meta in metas):
         raise ValueError(f"{source} holds tasks of more than one dataset: name a folder below it, or --ids")
-    if meta.get("format") != FORMAT or env not in (None, meta.get("env")):
-        raise ValueError(f"{source} holds data of '{meta.get('env')}' in format {meta.get('format')}, not of '{env}'")
-    if sorted(parts) != list(range(len(meta["train_tasks"]))) or len(parts) != len(read):
-        raise ValueError(f"{source}: {len(read)} datasets of {len(meta['train_tasks'])}: every task is needed, once")
-    return meta, [parts[i] for i in sorted(parts)]
+    if known.endswith(".py") and env is None:  # reading it runs it
+        raise ValueError(f"{source} holds data of a family of its own, '{known}': name that file, --env FILE")
+    if env not in (None, known) and not (known.endswith(".py") and env.endswith(".py")):
+        raise ValueError(f"{source} holds data of '{known}', not of '{env}'")
+    if sorted(parts) != list(range(tasks)) or len(read) != tasks:
+        raise ValueError(f"{source} holds {len(read)} of the dataset's {tasks} tasks: all are needed, each once")
+    return metas[0] | {"env": env or known}, [parts[i] for i in range(tasks)]
 
 
-def _foreign(read: dict, env: str | None, tasks: Path | None, queries: int, seed: int) -> tuple[dict, list]:
+def _foreign(read: dict, env: str, tasks: Path, queries: int, seed: int) -> tuple[dict, list]:
     """Meta and parts of datasets that were made elsewhere."""
-    if env is None or tasks is None:
-        raise ValueError("these datasets were not exported from here: say --env and --tasks")
-    spec, (train, test) = get_spec(env), split_tasks(env, file=tasks)
+    spec, (train, test), parts = get_spec(env), split_tasks(env, file=tasks), []
     if len(train) != len(read):
         raise ValueError(f"{tasks} names {len(train)} training tasks, and there are {len(read)} datasets")
     if queries < 1:
         raise ValueError("--queries must be at least 1")
-    parts = []
-    for i, (name, (_, made_by, episodes)) in enumerate(read.items()):
-        if made_by is not None and made_by.id != spec.gym_id:
+    for task, (name, (_, made_by, episodes)) in zip(train, read.items(), strict=True):
+        if made_by is not None and spec.gym_id not in ("", made_by.id):
             raise ValueError(f"{name} holds data of '{made_by.id}', not of {env} ('{spec.gym_id}')")
-        known = check_tasks(env, [made_by.kwargs["task"]])[0] if made_by and "task" in made_by.kwargs else train[i]
-        if known != train[i]:
-            raise ValueError(f"{name} was made in task {known}, and {tasks} says {train[i]}")
+        if made_by is not None and check_tasks(env, [made_by.kwargs.get("task", task)]) != [task]:
+            raise ValueError(f"{name} was made in task {made_by.kwargs['task']}, and {tasks} says {task}")
         parts.append(_foreign_part(name, episodes, spec))
     least = min(len(part["rewards"]) for part in parts)
     left = sum(len(part["rewards"]) - least for part in parts)
     print(f"{len(parts)} tasks x {least} episodes" + f"; {left} left out, so that every task has as many" * (left > 0))
+    steps = least * spec.horizon
     for i, part in enumerate(parts):
-        parts[i] = part = {key: array[:least] for key, array in part.items()}
-        pick = np.random.default_rng([seed, 2, i]).choice(steps := least * spec.horizon, queries, queries > steps)
-        for key in ("states", "actions"):
-            part[f"query_{key}"] = part[key].reshape(steps, *part[key].shape[2:])[pick]
+        part |= {key: array[:least] for key, array in part.items()}
+        pick = np.random.default_rng([seed, 2, i]).choice(steps, queries, replace=queries > steps)
+        part |= {f"query_{key}": np.concatenate(part[key])[pick] for key in ("states", "actions")}
     meta = {"format": FORMAT, "env": env, "recipe": "imported", "episodes": least, "queries": queries, "seed": seed}
     return meta | {"horizon": spec.horizon, "train_tasks": train, "test_tasks": test, "minari": list(read)}, parts
 
 
 def _foreign_part(name: str, episodes: list, spec: EnvSpec) -> dict[str, np.ndarray]:
-    """Checked states, actions and rewards of one dataset: small ids or float32."""
-    steps, tail = spec.horizon, () if spec.discrete_actions else (spec.action_dim,)
+    """The episodes of one dataset; continuous numbers as float32."""
+    horizon, tail = spec.horizon, () if spec.discrete_actions else (spec.action_dim,)
+    want = {"observations": (horizon + 1, spec.state_dim), "actions": (horizon, *tail), "rewards": (horizon,)}
     if not episodes:
         raise ValueError(f"{name} holds no episodes")
-    for episode in episodes:
-        if len(episode) != steps:
-            raise ValueError(f"{name}: episode {episode.id} has {len(episode)} steps, one of {spec.name} has {steps}")
-        for key, want in ("observations", (steps + 1, spec.state_dim)), ("actions", (steps, *tail)):
-            shape = getattr(getattr(episode, key), "shape", None)
-            if shape != want:
-                raise ValueError(f"{name}: {key} of episode {episode.id} have shape {shape}, not {want}")
-    limits = {"states": spec.state_values, "actions": spec.action_dim if spec.discrete_actions else None}
+    for e in episodes:
+        if len(e) != horizon:
+            raise ValueError(f"{name}: episode {e.id} has {len(e)} steps, those of {spec.name} have {horizon}")
+        for key, shape in want.items():
+            found = getattr(getattr(e, key), "shape", None)
+            if found != shape:
+                raise ValueError(f"{name}: {key} of episode {e.id} have shape {found}, not {shape}")
     part = {"states": np.stack([e.observations[:-1] for e in episodes])}
     part |= {key: np.stack([getattr(e, key) for e in episodes]) for key in ("actions", "rewards")}
-    for key, array in part.items():
-        limit = limits.get(key)
-        if array.dtype.kind not in ("uif" if limit is None else "ui"):
-            raise ValueError(f"{name}: {key} have type {array.dtype}, not {'whole ' * (limit is not None)}numbers")
-        if limit is not None and ((array < 0) | (array >= np.array(limit))).any():
-            raise ValueError(f"{name}: {key} hold ids outside the range of {spec.name}")
-        part[key] = array.astype(np.float32 if limit is None else np.min_scalar_type(np.max(limit)))
-        if not np.isfinite(part[key]).all():
-            raise ValueError(f"{name}: {key} hold values that are not finite")
-    return part
+    whole = {"states": spec.state_values is not None, "actions": spec.discrete_actions, "rewards": False}
+    return {key: array if whole[key] else array.astype(np.float32) for key, array in part.items()}
 
 
 if __name__ == "__main__":
     try:
         done = tyro.extras.subcommand_cli_from_dict({"export": export_minari, "import": import_minari})
-        print(done if isinstance(done, Path) else f"{len(done)} Minari datasets: {done[0]} and so on")
+        print(done if isinstance(done, Path) else f"{len(done)} Minari datasets, the first {done[0]}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -149,7 +149,9 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     main = distributed.rank() == 0
     torch.manual_seed(cfg.seed)  # weights, router noise, dropout
     rng = torch.Generator().manual_seed(cfg.seed + 1)  # batches
-    dataset = load_dataset(dataset_folder(cfg.collect()), cfg.env)
+    dataset = load_dataset(cfg.data or dataset_folder(cfg.collect()), cfg.env)
+    if cfg.prompt_length > dataset.episodes * dataset.spec.horizon:
+        raise ValueError(f"--prompt-length {cfg.prompt_length} needs more than the data's {dataset.episodes} episodes")
     model = T2MIR(cfg.model()).to(device)
     optimizer = make_optimizer(model, cfg)
     state = checkpoint.State(model, optimizer, rng, dataset.state_mean, dataset.state_std)
@@ -265,7 +267,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"preset {cfg.preset} on {device}, {torch.get_num_threads()} threads, run in {folder}")
             changes = differences(cfg)
             print("departs from the paper preset in " + ("; ".join(changes) if changes else "nothing"))
-            collect(cfg.collect())
+            if cfg.data:
+                load_dataset(cfg.data, cfg.env)  # refused by one process, before the others read it
+            else:
+                collect(cfg.collect())
         distributed.barrier()
         train(cfg, folder, continued, device)
         if chief:

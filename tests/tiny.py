@@ -1,6 +1,6 @@
 """tiny.py: small runs for test_train, test_checkpoint, test_evaluate and test_cli, and what they leave behind.
 
-Every setting is on the command line, so that no test depends on a preset. The dataset is that of conftest.py.
+Every setting is on the command line, so that no test depends on a preset. The datasets are those of conftest.py.
 """
 
 import csv
@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import collect
+import experts
+import jobs
 import train
 from config import Config
 
@@ -52,25 +55,20 @@ def flags(settings: dict) -> list[str]:
 
 
 def dataset(data) -> dict:
-    """The flags that name the dataset of a `CollectConfig`."""
-    return {
-        "data_episodes": data.episodes,
-        "data_queries": data.queries,
-        "task_seed": data.task_seed,
-        "data_seed": data.seed,
-        "tasks": data.tasks,
-        "datasets": data.folder,
-    }
+    """train.py's flags that name the dataset of a `CollectConfig`, family, quality and recipe aside."""
+    names = {"episodes": "data_episodes", "queries": "data_queries", "seed": "data_seed", "folder": "datasets"}
+    return {names.get(k, k): v for k, v in vars(data).items() if k not in ("env", "quality", "recipe")}
 
 
 def command(data, run=None, backbone="dpt", **changes) -> list[str]:
     """The command line of a tiny run of a `CollectConfig`'s dataset."""
-    return flags(SETTINGS | BACKBONES[backbone] | dataset(data) | {"backbone": backbone, "run": run} | changes)
+    own = {"env": data.env, "backbone": backbone, "run": run}
+    return flags(SETTINGS | BACKBONES[backbone] | dataset(data) | own | changes)
 
 
-def start(argv: list[str], *launcher: str, **options) -> subprocess.Popen:
-    """train.py as a process of its own."""
-    line = [sys.executable, *launcher, str(ROOT / "train.py"), *argv]
+def start(argv: list[str], *launcher: str, script: str = "train.py", **options) -> subprocess.Popen:
+    """A script as a process of its own."""
+    line = [sys.executable, *launcher, str(ROOT / script), *argv]
     one = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         line, env=os.environ | one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -105,6 +103,19 @@ def run(script: str, argv: list[str], monkeypatch, capsys) -> Ended:
         code, why = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
     out, err = capsys.readouterr()
     return Ended(code, out, err + why)
+
+
+@contextmanager
+def at_home():
+    """Jobs run in this process, one behind the other: no worker has to import everything first."""
+
+    def run_jobs(work, jobs, workers, cluster=None, watch=lambda: None):
+        return [work(job, lambda: None) for job in jobs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (collect, experts, jobs):  # jobs: for scripts that `run` begins anew
+            patch.setattr(module, "run_jobs", run_jobs)
+        yield
 
 
 # ------------------------------------------------------------------------------- what a run left behind
