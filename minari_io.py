@@ -83,7 +83,8 @@ def export_minari(folder: Positional[Path], target: Positional[Path], env: str |
     spec, tasks = get_spec(meta["env"]), meta["train_tasks"]
     kind = [meta[key] for key in ("quality", "recipe") if meta.get(key) not in (None, "paper")]
     name = re.sub(r"[^-\w]+", "-", "-".join([spec.name, *kind]))
-    final, ids = Path(target) / "t2mir" / name, [f"t2mir/{name}/task-{i:03d}-v0" for i in range(len(tasks))]
+    # absolute: Minari joins a relative path to itself
+    final, ids = Path(target).absolute() / "t2mir" / name, [f"t2mir/{name}/task-{i:03d}-v0" for i in range(len(tasks))]
     _refuse_existing(final)
     need_space(final, len(tasks) * meta["episodes"] * (spec.horizon + 1) * 8 * (spec.state_dim + spec.action_dim + 1))
     with _whole(final) as root:
@@ -162,7 +163,7 @@ def import_minari(
         queries: labelled states of each task; exported datasets bring theirs.
         seed: seed of their choice.
     """
-    minari, source, target = _minari("minari_io.py import"), Path(source), Path(target)
+    minari, source, target = _minari("minari_io.py import"), Path(source).absolute(), Path(target)
     _refuse_existing(target)
     paths = [path.parent.parent.relative_to(source) for path in source.rglob("data/metadata.json")]
     names = ids or sorted(path.as_posix() for path in paths if not any(part[0] == "." for part in path.parts))

@@ -148,7 +148,8 @@ def test_a_family_of_the_user_s(tmp_path, monkeypatch):
     meta = {"format": FORMAT, "env": env, "quality": "mixed", "recipe": "explore", "episodes": 3, "queries": 4}
     meta |= {"train_tasks": [[0.1, 0.2], [0.3, 0.4]], "test_tasks": [[0.5, 0.6]], "sha256": hashes}
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
-    ids = export_minari(tmp_path / "data", tmp_path / "minari")
+    refused(tmp_path, "name that file yourself", export_minari, tmp_path / "data", tmp_path / "minari")
+    ids = export_minari(tmp_path / "data", tmp_path / "minari", env)
     assert ids == [f"t2mir/my-cart-mixed-explore/task-00{i}-v0" for i in range(2)]
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     dataset = minari.load_dataset(ids[1])
@@ -160,7 +161,8 @@ def test_a_family_of_the_user_s(tmp_path, monkeypatch):
     assert read_meta(tmp_path / "again") == meta | {"env": str(tmp_path / "moved.py")}
     (tmp_path / "tasks.json").write_text(json.dumps({"train": meta["train_tasks"], "test": meta["test_tasks"]}))
     import_minari(tmp_path / "minari", tmp_path / "foreign", str(tmp_path / "moved.py"), tmp_path / "tasks.json")
-    assert (load_dataset(tmp_path / "foreign").states == load_dataset(tmp_path / "again").states).all()
+    moved = str(tmp_path / "moved.py")
+    assert (load_dataset(tmp_path / "foreign", moved).states == load_dataset(tmp_path / "again", moved).states).all()
 
 
 def test_command_line(point_folder, tmp_path, monkeypatch, capsys):
