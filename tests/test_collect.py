@@ -16,6 +16,7 @@ import collect as module
 from collect import CollectConfig, collect, dataset_folder
 from data import file_hash, load_dataset
 from envs import BatchedDarkRoom, split_tasks
+from files import only_writer
 
 SAVE = module.save_arrays
 
@@ -164,6 +165,13 @@ def test_stopped_run_of_other_goals_is_not_continued(stopped, tmp_path):
         assert "\n" not in str(error)
     else:
         check_replay(load_dataset(done))
+
+
+def test_folder_that_another_process_is_writing_is_refused(stopped):
+    cfg, folder = stopped
+    with only_writer(folder):
+        refused(cfg, "another process is writing")
+    collect(cfg, quiet=True)
 
 
 @pytest.mark.parametrize("change", [{"episodes": 4}, {"queries": 0}, {"env": "dark"}])
