@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +58,6 @@ def patient(job, alive):
 
 
 def raising(job, alive):
-    if job == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
     if job:
         raise Wrong(job, 3)
 
@@ -102,21 +101,21 @@ def test_no_jobs_no_results():
     assert run_jobs(square, [], 2) == []
 
 
-@pytest.mark.parametrize("what", ["raise", "watch"])
-def test_exception_reaches_the_caller_and_stops_the_others(tmp_path, what):
+@pytest.mark.parametrize(("what", "count"), [("raise", 2), ("watch", 1)])
+def test_exception_reaches_the_caller_and_stops_the_others(tmp_path, what, count):
     def watch():
-        if len(workers(tmp_path)) == 2:
+        if len(workers(tmp_path)) == count:
             (tmp_path / "go").touch()
             if what == "watch":
                 raise Wrong("the third", 3)
 
     todo = [(tmp_path, name, what * (name == "1" and what == "raise")) for name in "01234"]
     with pytest.raises(Wrong) as error:
-        run_jobs(patient, todo, 2, watch=watch)
+        run_jobs(patient, todo, count, watch=watch)
     assert type(error.value) is Wrong and error.value.args == ("the third", 3)
     assert all(gone(process) for process in workers(tmp_path))
     started = names(tmp_path, "started")
-    assert started[:2] == ["0", "1"] and "4" not in started  # one more may have begun beside the exception
+    assert started[:count] == ["0", "1"][:count] and "4" not in started  # one more may have begun beside the exception
     assert names(tmp_path, "stopped") == [name for name in started if name != "1" or what == "watch"]
 
 
@@ -233,10 +232,23 @@ def test_ray_raises_the_same(findable):
 
 
 @needs_ray
-def test_ray_names_a_killed_worker(findable):
-    with pytest.raises(OSError, match=r"Ray lost a job .*same command continues") as error:
-        run_jobs(raising, ["die"], 1, "local")
-    assert "\n" not in str(error.value)
+def test_ray_names_a_killed_worker(monkeypatch):
+    """What Ray raises for one, without the seconds that a cluster takes to start."""
+    import ray
+
+    ended = []
+
+    def get(references):
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda work: SimpleNamespace(remote=lambda *job: job))
+    monkeypatch.setattr(ray, "wait", lambda waiting, **_: (waiting, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(OSError, match=r"Ray lost a job \(WorkerCrashedError\); the same command continues") as error:
+        run_jobs(raising, ["", ""], 1, "local")
+    assert "\n" not in str(error.value) and ended
 
 
 @needs_ray
@@ -245,7 +257,7 @@ def test_wrong_address_is_one_line_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         check_cluster(address)
-    for wrong in (address, "127.0.0.1:99999", "no.such.machine.invalid:6379"):
+    for wrong in (address, "127.0.0.1:99999"):
         with pytest.raises(ValueError, match=rf"no Ray answers at {wrong} \(.+\)") as error:
             check_cluster(wrong)
         assert "\n" not in str(error.value)
