@@ -27,7 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return, get_spec
+from envs import get_spec
+from rooms import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return
 
 # share of the task's own expert; share of the other walks that is chosen to cross the goal
 SHARES = {"explore": (0.1, 0.25), "wander": (0.05, 0.0)}

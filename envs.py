@@ -3,18 +3,16 @@
 A *task* is plain JSON numbers (DarkRoom: the goal cell `[x, y]`); an *environment* is the family.
 Three things live here for every family: facts (`EnvSpec`), a registered Gymnasium environment that
 plays one task, and a batched one that steps many tasks at once, which is what collection and
-evaluation use. DarkRoom and Point-Robot are written out here; the MuJoCo families are in locomotion.py,
-Meta-World's in manipulation.py, both imported when they are asked for.
+evaluation use. The families' own rules are in rooms.py (DarkRoom, Point-Robot), locomotion.py (MuJoCo) and
+manipulation.py (Meta-World), imported when they are asked for.
 
 in : environment name, list of tasks            out: states, rewards, reference returns
 Read after README.md, before collect.py.        Try: python envs.py   (every family's tasks and references)
-Differs from the paper: Point-Robot's goals lie in [-1, 1]^2 as published (the paper says unit square).
-Differs from the official code: its DarkRoom-DPT configuration is a 9x9 room with 20 steps; the paper's
-room (10x10, 100 steps) is used for both backbones.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -98,198 +96,10 @@ def own_family(file: str) -> ModuleType:
     return module
 
 
-# ------------------------------------------------------------------ DarkRoom: rules and closed forms
-SIDE = 10  # cells along one wall
-MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]])  # right, left, up, down, stay
-STAY = 4
-
-
-def darkroom_move(cells: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Cells (..., 2) after `actions` (...): a move against a wall stays where it is."""
-    return np.clip(cells + MOVES[actions], 0, SIDE - 1)
-
-
-def darkroom_expert(cells: np.ndarray, goals: np.ndarray) -> np.ndarray:
-    """The optimal action (...) for `cells` (..., 2) and `goals` (..., 2): along x, then y, then stay."""
-    dx, dy = np.moveaxis(goals - cells, -1, 0)
-    along_y = np.where(dy > 0, 2, np.where(dy < 0, 3, STAY))
-    return np.where(dx > 0, 0, np.where(dx < 0, 1, along_y))
-
-
-def darkroom_optimum(tasks) -> np.ndarray:
-    """Best return of each goal (N, 2), exactly: 101 - d at Manhattan distance d > 0, 100 at d = 0.
-
-    The reward of a step is that of the cell *after* the move, so the d-th step is the first to pay.
-    """
-    distance = np.asarray(tasks).sum(-1)
-    return np.where(distance == 0, 100.0, 101.0 - distance)
-
-
-def darkroom_noisy_return(tasks, eps) -> np.ndarray:
-    """Expected return (N, M) of the expert of each goal (N, 2) that acts at random with each eps (M,).
-
-    Exact: the distribution over the 100 cells is carried through the 100 steps. eps = 1 is the random
-    policy, eps = 0 the optimum; App. D.2's performance levels (80 %, 50 %) are read off this curve.
-    """
-    goals, eps = np.asarray(tasks), np.asarray(eps, dtype=float)
-    cells = np.stack(np.divmod(np.arange(SIDE**2), SIDE), -1)  # (100, 2), cell id = x * 10 + y
-    after = darkroom_move(cells[:, None], np.arange(5)[None])  # (100, 5, 2)
-    random_walk = np.zeros((SIDE**2, SIDE**2))  # row: from, column: to
-    np.add.at(random_walk, (np.arange(SIDE**2)[:, None], after @ [SIDE, 1]), 1 / 5)
-    best = darkroom_expert(cells[None], goals[:, None])  # (N, 100)
-    expert_to = np.take_along_axis(np.broadcast_to(after @ [SIDE, 1], (len(goals), SIDE**2, 5)), best[..., None], 2)
-    expert_walk = np.zeros((len(goals), SIDE**2, SIDE**2))
-    np.put_along_axis(expert_walk, expert_to, 1.0, 2)
-    goal_id = goals @ [SIDE, 1]
-    here = np.zeros((len(goals), len(eps), SIDE**2))
-    here[..., 0] = 1.0  # every episode starts in the corner
-    total = np.zeros((len(goals), len(eps)))
-    for _ in range(SPECS["darkroom"].horizon):
-        here = eps[:, None] * (here @ random_walk) + (1 - eps)[:, None] * (here @ expert_walk)
-        total += np.take_along_axis(here, goal_id[:, None, None], 2)[..., 0]
-    return total
-
-
-class DarkRoom(gym.Env):
-    """One room of 10 x 10 cells, one goal (App. D.1). Observation: the agent's cell. Reward: 1 at the goal.
-
-    The registered id `t2mir/DarkRoom-v0` truncates an episode after 100 steps. Raises ValueError for a
-    goal that is not a cell.
-    """
-
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 (gymnasium's own interface)
-
-    def __init__(self, task=(9, 9), render_mode: str | None = None):
-        goal = np.asarray(task)
-        if goal.shape != (2,) or not np.isin(goal, np.arange(SIDE)).all():
-            raise ValueError(f"a DarkRoom goal is two whole numbers from 0 to {SIDE - 1}, not {task}")
-        self.goal, self.render_mode = goal.astype(np.int64), render_mode
-        self.observation_space = gym.spaces.MultiDiscrete([SIDE, SIDE])
-        self.action_space = gym.spaces.Discrete(len(MOVES))
-        self.cell = np.zeros(2, np.int64)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.cell = np.zeros(2, np.int64)
-        return self.cell.copy(), {}
-
-    def step(self, action):
-        x, y = self.cell
-        if action == 0:
-            x = min(x + 1, SIDE - 1)
-        elif action == 1:
-            x = max(x - 1, 0)
-        elif action == 2:
-            y = min(y + 1, SIDE - 1)
-        elif action == 3:
-            y = max(y - 1, 0)
-        self.cell = np.array([x, y], np.int64)
-        return self.cell.copy(), float((self.cell == self.goal).all()), False, False, {}
-
-    def render(self):
-        rows = [["." for _ in range(SIDE)] for _ in range(SIDE)]
-        rows[self.goal[1]][self.goal[0]] = "G"
-        rows[self.cell[1]][self.cell[0]] = "A"
-        return "\n".join("".join(row) for row in reversed(rows))
-
-
-class BatchedDarkRoom:
-    """N tasks stepped at once: states (N, 2) int64, actions (N,) -> rewards (N,) float32.
-
-    All tasks share the horizon, so there is no `done`: the caller counts to `spec.horizon`.
-    """
-
-    spec = SPECS["darkroom"]
-    success = None
-
-    def __init__(self, tasks, seed: int = 0):
-        self.goals = np.asarray(tasks, np.int64)
-        self.cells = np.zeros_like(self.goals)
-
-    def reset(self) -> np.ndarray:
-        self.cells = np.zeros_like(self.goals)
-        return self.cells
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.cells = darkroom_move(self.cells, actions)
-        return self.cells, (self.cells == self.goals).all(-1).astype(np.float32)
-
-
-# -------------------------------------------------------------------------------------- Point-Robot
-REACH = 0.1  # the largest move along an axis in a step, and the half side of the starting square
-
-
-def point_robot_move(places: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Places (..., 2) after actions (..., 2) in [-1, 1] (clipped): a full action moves by 0.1."""
-    return places + REACH * np.clip(actions, -1, 1)
-
-
-def point_robot_expert(places: np.ndarray, goals: np.ndarray) -> np.ndarray:
-    """The optimal action (..., 2): straight to the goal, each axis by itself at most 0.1, then stay."""
-    return np.clip((goals - places) / REACH, -1, 1)
-
-
-def point_robot_optimum(tasks) -> np.ndarray:
-    """Best expected return of each goal (N,): the expert's, averaged over a fine grid of starts.
-
-    Both axes shrink as fast as they can, so the distance is the least possible at every step at once.
-    """
-    side = REACH * ((np.arange(20) + 0.5) / 10 - 1)  # midpoints of 20 equal parts
-    starts = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
-    goals = np.asarray(tasks, float)[:, None]
-    places, total = np.broadcast_to(starts, (len(goals), *starts.shape)), 0.0
-    for _ in range(SPECS["point-robot"].horizon):
-        places = point_robot_move(places, point_robot_expert(places, goals))
-        total = total - np.linalg.norm(places - goals, axis=-1)
-    return total.mean(1)
-
-
-class PointRobot(gym.Env):
-    """A point that walks to a goal it is not told (App. D.1). Observation: its place. Reward: minus the distance
-    to the goal after the move. Starts anywhere in [-0.1, 0.1]^2. Raises ValueError for a goal that is none.
-    """
-
-    metadata = {"render_modes": []}  # noqa: RUF012 (gymnasium's own interface)
-
-    def __init__(self, task=(0.5, 0.5)):
-        self.goal = np.array(check_tasks("point-robot", [task])[0])
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-        self.place = np.zeros(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = self.np_random.uniform(-REACH, REACH, 2)
-        return self.place.copy(), {}
-
-    def step(self, action):
-        self.place = point_robot_move(self.place, np.asarray(action, float))
-        return self.place.copy(), -float(np.hypot(*(self.place - self.goal))), False, False, {}
-
-
-class BatchedPointRobot:
-    """N tasks stepped at once: states (N, 2) float32, actions (N, 2) -> rewards (N,) float32."""
-
-    spec = SPECS["point-robot"]
-    success = None
-
-    def __init__(self, tasks, seed: int = 0):
-        self.goals, self.rng = np.asarray(tasks, float), np.random.default_rng(seed)
-
-    def reset(self) -> np.ndarray:
-        self.places = self.rng.uniform(-REACH, REACH, self.goals.shape)
-        return self.places.astype(np.float32)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.places = point_robot_move(self.places, np.asarray(actions, float))
-        distance = np.linalg.norm(self.places - self.goals, axis=-1)
-        return self.places.astype(np.float32), -distance.astype(np.float32)
-
-
 # ------------------------------------------------------------------------------------- every family
 # fmt: off
 for _id, _entry, _horizon in (
-    ("t2mir/DarkRoom-v0", "envs:DarkRoom", 100), ("t2mir/PointRobot-v0", "envs:PointRobot", 20),
+    ("t2mir/DarkRoom-v0", "rooms:DarkRoom", 100), ("t2mir/PointRobot-v0", "rooms:PointRobot", 20),
     ("t2mir/CheetahVel-v0", "locomotion:CheetahVel", 200), ("t2mir/WalkerParam-v0", "locomotion:WalkerParam", 200),
     ("t2mir/Reach-v0", "manipulation:Reach", 100), ("t2mir/Push-v0", "manipulation:Push", 100),
 ):
@@ -311,21 +121,8 @@ def make_batch(env: str, tasks, seed: int = 0):
     """
     if env.endswith(".py"):
         return own_family(env).Batch(tasks, seed)
-    if get_spec(env).name == "darkroom":
-        return BatchedDarkRoom(tasks, seed)
-    if env == "point-robot":
-        return BatchedPointRobot(tasks, seed)
-    if env.startswith("cheetah-vel"):
-        from locomotion import BatchedCheetahVel
-
-        return BatchedCheetahVel(tasks, seed)
-    if env == "walker-param":
-        from locomotion import BatchedWalkerParam
-
-        return BatchedWalkerParam(tasks, seed)
-    import manipulation
-
-    return (manipulation.BatchedReach if env == "reach" else manipulation.BatchedPush)(tasks, seed)
+    file, name = gym.spec(get_spec(env).gym_id).entry_point.split(":")
+    return getattr(importlib.import_module(file), f"Batched{name}")(tasks, seed)
 
 
 def task_limits(env: str) -> tuple[np.ndarray, np.ndarray]:
@@ -376,8 +173,10 @@ def check_tasks(env: str, tasks) -> list:
     """Tasks as lists of plain numbers; raises ValueError, naming the first that does not fit."""
     spec = get_spec(env)
     if env == "darkroom":
+        import rooms
+
         for task in tasks:
-            DarkRoom(task)
+            rooms.DarkRoom(task)
         return [[int(v) for v in task] for task in tasks]
     low, high = task_limits(env)
     checked = []
@@ -412,10 +211,13 @@ def split_tasks(
         train, test = train or spec.train_tasks, test or spec.test_tasks
         if env != "darkroom":
             return _sample_split(env, seed, train, test)
-        if train + test > SIDE**2:
-            raise ValueError(f"a room has {SIDE**2} cells: {train} training and {test} held-out goals are too many")
-        order = np.random.default_rng(seed).permutation(SIDE**2)
-        cells = [[int(i // SIDE), int(i % SIDE)] for i in order]
+        width, height = spec.state_values
+        if train + test > width * height:
+            raise ValueError(
+                f"a room has {width * height} cells: {train} training and {test} held-out goals are too many"
+            )
+        order = np.random.default_rng(seed).permutation(width * height)
+        cells = [[int(i // height), int(i % height)] for i in order]
         return cells[:train], cells[train : train + test]
     try:
         lists = json.loads(Path(file).read_text())
@@ -441,9 +243,11 @@ def optimal_returns(env: str, tasks) -> np.ndarray | None:
     if env.endswith(".py"):
         found = getattr(own_family(env), "optimal_returns", None)
         return None if found is None else np.asarray(found(tasks))
+    import rooms
+
     if get_spec(env).name == "darkroom":
-        return darkroom_optimum(tasks)
-    return point_robot_optimum(tasks) if env == "point-robot" else None
+        return rooms.darkroom_optimum(tasks)
+    return rooms.point_robot_optimum(tasks) if env == "point-robot" else None
 
 
 def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
@@ -451,7 +255,9 @@ def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
     of so many episodes a task (the same ones every time).
     """
     if get_spec(env).name == "darkroom":
-        return darkroom_noisy_return(tasks, [1.0])[:, 0]
+        import rooms
+
+        return rooms.darkroom_noisy_return(tasks, [1.0])[:, 0]
     return _random_returns(env, tuple(map(tuple, tasks)), episodes).copy()
 
 
@@ -473,4 +279,4 @@ if __name__ == "__main__":
         best, floor = optimal_returns(name, test), random_returns(name, test, 2).mean()
         known = "optimum unknown" if best is None else f"optimum {best.mean():.2f}"
         print(f"{name:<22}{len(test):>3} held-out tasks, first {test[0][:3]!s:<26}{known}, random {floor:.2f}")
-    print(DarkRoom(split_tasks("darkroom")[1][0]).render())
+    print(make_env("darkroom", split_tasks("darkroom")[1][0]).unwrapped.render())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data import Prompt
-from envs import MOVES, SIDE, darkroom_expert
+from rooms import MOVES, SIDE, darkroom_expert
 
 CELLS = np.stack(np.divmod(np.arange(SIDE**2), SIDE), -1)  # (100, 2); id = 10 x + y
 # EXPERT[s, g] one-hot: the optimal action in cell s for goal g, (100, 100, 5)

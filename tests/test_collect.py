@@ -15,8 +15,9 @@ import pytest
 import collect as module
 from collect import CollectConfig, collect, dataset_folder
 from data import file_hash, load_dataset
-from envs import BatchedDarkRoom, split_tasks
+from envs import split_tasks
 from files import only_writer
+from rooms import BatchedDarkRoom
 
 SAVE = module.save_arrays
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from collect_darkroom import SHARES, choose_walks, collect_darkroom_task, explore_pool, noise_levels, walk
-from envs import BatchedDarkRoom, darkroom_expert, darkroom_noisy_return, darkroom_optimum
+from rooms import BatchedDarkRoom, darkroom_expert, darkroom_noisy_return, darkroom_optimum
 
 CELLS = np.array([[x, y] for x in range(10) for y in range(10)])
 

@@ -25,7 +25,7 @@ from data import (
     sample_dpt,
     subset,
 )
-from envs import darkroom_expert
+from rooms import darkroom_expert
 
 N, E, T, Q = 8, 10, 100, 50  # of the tiny datasets
 

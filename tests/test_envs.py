@@ -19,23 +19,25 @@ from config import Config
 from envs import (
     CLUSTERS,
     SPECS,
-    BatchedDarkRoom,
-    BatchedPointRobot,
-    PointRobot,
     check_tasks,
-    darkroom_expert,
-    darkroom_noisy_return,
-    darkroom_optimum,
     get_spec,
     make_batch,
     make_env,
     optimal_returns,
-    point_robot_expert,
-    point_robot_optimum,
     random_returns,
     sample_tasks,
     split_tasks,
     task_limits,
+)
+from rooms import (
+    BatchedDarkRoom,
+    BatchedPointRobot,
+    PointRobot,
+    darkroom_expert,
+    darkroom_noisy_return,
+    darkroom_optimum,
+    point_robot_expert,
+    point_robot_optimum,
 )
 
 CELLS = [[x, y] for x in range(10) for y in range(10)]

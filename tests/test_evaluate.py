@@ -23,10 +23,11 @@ from collect import CollectConfig, dataset_folder, settings_of
 from config import parse
 from data import FORMAT, ADBatch, DPTBatch, Prompt, file_hash, load_dataset, part_name
 from diagnostics import least_share, modality_counts, mutual_information, probe
-from envs import point_robot_optimum, random_returns
+from envs import random_returns
 from evaluate import Settings, evaluate_run, interval, play, print_table
 from models import T2MIR
 from policies import RandomPolicy, concatenate, make_policy, sort_and_drop
+from rooms import point_robot_optimum
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (

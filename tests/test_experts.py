@@ -24,7 +24,7 @@ import experts as module
 import files
 from collect import collect, dataset_folder, maximum
 from data import load_dataset, part_name
-from envs import get_spec, make_batch, point_robot_move, random_returns, split_tasks
+from envs import get_spec, make_batch, random_returns, split_tasks
 from experts import (
     PAPER,
     ExpertConfig,
@@ -43,6 +43,7 @@ from experts import (
     train_group,
 )
 from ppo import PPOConfig
+from rooms import point_robot_move
 from sac import SACConfig, policy_file, save_policies
 
 LONG = 400  # seconds until a test gives up, on a machine that does other things too

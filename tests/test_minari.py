@@ -219,7 +219,7 @@ def named(gym_id, entry_point, task):
 
 
 def point(task):
-    return named("t2mir/PointRobot-v0", "envs:PointRobot", task)
+    return named("t2mir/PointRobot-v0", "rooms:PointRobot", task)
 
 
 def tasks_file(folder, **changes):
@@ -265,7 +265,7 @@ def test_foreign_datasets(make, tmp_path, monkeypatch, capsys):
 
 
 def test_foreign_ids_stay_whole_numbers(tmp_path, monkeypatch):
-    room = named("t2mir/DarkRoom-v0", "envs:DarkRoom", [1, 1])
+    room = named("t2mir/DarkRoom-v0", "rooms:DarkRoom", [1, 1])
     spaces = {"observation_space": room.observation_space, "action_space": room.action_space}
     with_buffers(tmp_path / "minari", monkeypatch, "room-v0", room, 2, 100, **spaces)
     tasks = tasks_file(tmp_path, train=[[1, 1]], test=[[2, 2]])

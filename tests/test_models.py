@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 import models
 from data import ADBatch, DPTBatch, Prompt
-from envs import BatchedDarkRoom
 from models import T2MIR, ModelConfig, attention
 from policies import ADPolicy, DPTPolicy, concatenate, sort_and_drop
+from rooms import BatchedDarkRoom
 from train import imitation_loss
 
 T, N, A = 3, 6, 3  # horizon, steps of a prompt (two episodes), actions
@@ -467,6 +467,22 @@ def test_algorithm4_plays_what_the_full_forward_pass_predicts(layout, memory):
         batch = DPTBatch(past, None, state, None, torch.full((len(GOALS), 1), past.steps))
         near(logits, policy.model(batch).action[:, -1])
         assert torch.equal(history[e].actions[:, t], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999999])
+def test_dropout_drops_that_share_and_keeps_the_mean(p):
+    drop = models.Dropout(p)
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, requires_grad=True)  # an odd number of them
+    y = drop(x)
+    share, n = (y == 0).float().mean().item(), x.numel()
+    assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5 + 2**-16
+    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(1 / (1 - p), rel=2e-3 if p < 0.9 else 20)
+    assert y.mean().item() == pytest.approx(1.0, abs=4 * (p / max(1 - p, 2**-16) / n) ** 0.5)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach())  # the same mask and scale
+    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()  # four come from one number
+    assert abs(neighbours - share**2) < 0.005
+    assert (drop(x) != y).any() and (drop.eval()(x) == x).all()
 
 
 def test_algorithm2_sort_and_drop_by_hand():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data import Prompt, sample_dpt
-from envs import darkroom_expert
 from evaluate import play
 from policies import ExactPosterior
 from posterior import CELLS, action_posterior, divergence, goal_posterior
+from rooms import darkroom_expert
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 

@@ -21,8 +21,9 @@ from stable_baselines3.common.logger import Logger
 from torch.nn.functional import linear
 
 import sac as module
-from envs import BatchedPointRobot, EnvSpec, point_robot_optimum, random_returns
+from envs import EnvSpec, random_returns
 from files import save_tensors
+from rooms import BatchedPointRobot, point_robot_optimum
 from sac import STATE, Replay, SACConfig, StackedSAC, init_mlp, mlp, policy_file, squashed, train_sac
 
 pytestmark = pytest.mark.filterwarnings("error")
