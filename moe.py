@@ -36,6 +36,11 @@ MoEKind = Literal["both", "token", "task", "none"]
 TaskRouting = Literal["sequence", "prefix", "token"]
 
 
+def two_layers(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """One expert: (n, D) -> (n, D_out)."""
+    return F.gelu(x @ w1 + b1) @ w2 + b2
+
+
 class Experts(nn.Module):
     """K two-layer networks D -> F -> D_out with GELU, their weights stacked along the first axis."""
 
@@ -48,7 +53,7 @@ class Experts(nn.Module):
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """E_i(x) for x (n, D)."""
-        return F.gelu(x @ self.w1[expert] + self.b1[expert]) @ self.w2[expert] + self.b2[expert]
+        return two_layers(x, self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert])
 
     def tokens(self, x: Tensor, routing: Routing) -> Tensor:
         """sum_i w(i; x) E_i(x) with a gate for every token: x (N, D), routing (N, k) -> (N, D_out).
@@ -60,9 +65,10 @@ class Experts(nn.Module):
         order = chosen.argsort(stable=True)
         count = torch.bincount(chosen, minlength=len(self.w1)).tolist()
         token = order // k
-        slices = x[token].split(count)
-        y = torch.cat([self.one(i, part) for i, part in enumerate(slices)])
-        y = y * routing.weight.flatten()[order, None].to(y.dtype)
+        slices = x.index_select(0, token).split(count)  # its backward is cheaper than that of x[token]
+        weights = (p.unbind() for p in (self.w1, self.b1, self.w2, self.b2))  # one gradient, not one a slice
+        y = torch.cat([two_layers(part, *own) for part, *own in zip(slices, *weights, strict=True)])
+        y = y * routing.weight.flatten().index_select(0, order)[:, None].to(y.dtype)
         return y.new_zeros(len(x), y.shape[-1]).index_add_(0, token, y)
 
     def sequences(self, x: Tensor, routing: Routing) -> Tensor:
@@ -119,25 +125,33 @@ class MoELayer(nn.Module):
         indexes the tokens whose output is wanted (None: all S, so R = S).
         """
         b, s, d = h.shape
-        x = h if read is None else h[:, read]
+        x = h if read is None else h.index_select(1, read)
         halves, balance, token_expert, task_expert = [], h.new_zeros((), dtype=torch.float32), None, None
         if self.token is not None:  # Eq. 2
             routing, _, balance = self.token_router(h.reshape(b * s, d))
             index, weight = (r.view(b, s, -1) for r in (routing.index, routing.weight))
             token_expert = index
             if read is not None:
-                index, weight = index[:, read], weight[:, read]
+                index, weight = index.index_select(1, read), weight.index_select(1, read)
             kept = Routing(index.flatten(0, 1), weight.flatten(0, 1))
             halves.append(self.token.tokens(x.reshape(-1, d), kept).view(*x.shape[:2], -1))
         if self.task is not None:  # Eq. 4
             gate = eq1_top_k_gate(self.task_router(h_bar), self.k_task)
             task_expert = gate.index
-            if h_bar.dim() == 2:
-                halves.append(self.task.sequences(x, gate))
-            else:
-                flat = Routing(gate.index.flatten(0, 1), gate.weight.flatten(0, 1))
-                halves.append(self.task.tokens(x.reshape(-1, d), flat).view(*x.shape[:2], -1))
+            halves.append(self._by_task(x, gate))
         return MoEOutput(torch.cat(halves, -1), balance, token_expert, task_expert)
+
+    def _by_task(self, x: Tensor, gate: Routing) -> Tensor:
+        """x (B, R, D) through the experts of gates (B, k) or (B, R, k) -> (B, R, D_out). A copy of the weights for
+        each row costs more than a copy of its tokens where those are fewer than an expert's hidden units.
+        """
+        index, weight = gate.index, gate.weight
+        if index.dim() == 2:
+            if x.is_cuda or x.shape[1] >= self.task.w1.shape[-1]:
+                return self.task.sequences(x, gate)
+            index, weight = (g[:, None].expand(-1, x.shape[1], -1) for g in (index, weight))
+        flat = Routing(index.flatten(0, 1), weight.flatten(0, 1))
+        return self.task.tokens(x.flatten(0, 1), flat).view(*x.shape[:2], -1)
 
 
 if __name__ == "__main__":

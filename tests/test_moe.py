@@ -114,6 +114,20 @@ def test_eq4_sequences_is_eq2_with_the_gate_repeated(k):
     assert_close(e.sequences(x, gate), e.tokens(x.flatten(0, 1), repeated).view(B, S, -1))
 
 
+@pytest.mark.parametrize("steps", [1, 7, 8, 9])  # an expert has 8 hidden units
+def test_eq4_short_rows_and_long_ones_agree(steps):
+    """Fewer tokens a row than hidden units: copies of tokens instead of weights. Same values, same gradients."""
+    m = layer("task")
+    found = []
+    for way in (m.task.sequences, None):
+        x, logits = draw(B, steps, D).requires_grad_(), draw(B, 4, seed=1).requires_grad_()
+        gate = eq1_top_k_gate(logits, 2)
+        y = m._by_task(x, gate) if way is None else way(x, gate)
+        found.append([y, *torch.autograd.grad((y * draw(*y.shape, seed=2)).sum(), (x, logits, *m.task.parameters()))])
+    for own, other in zip(*found, strict=True):
+        assert_close(own, other)
+
+
 def test_eq2_all_experts_is_a_softmax_mixture():
     e, x, logits = experts(), draw(7, D), draw(7, K, seed=1)
     every = torch.stack([e.one(i, x) for i in range(K)], 1)  # (N, K, D_out)
