@@ -103,7 +103,8 @@ for _id, _entry, _horizon in (
     ("t2mir/CheetahVel-v0", "locomotion:CheetahVel", 200), ("t2mir/WalkerParam-v0", "locomotion:WalkerParam", 200),
     ("t2mir/Reach-v0", "manipulation:Reach", 100), ("t2mir/Push-v0", "manipulation:Push", 100),
 ):
-    gym.register(_id, entry_point=_entry, max_episode_steps=_horizon)
+    if _id not in gym.registry:  # `python envs.py` is read twice: as itself, and by the families' files
+        gym.register(_id, entry_point=_entry, max_episode_steps=_horizon)
 # fmt: on
 
 
