@@ -332,7 +332,9 @@ CPU = {
     ("darkroom", "dpt"): _CPU_DPT | dict(
         recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
-    ("point-robot", "ad"): _CPU_AD | dict(recipe="wander", steps=2000, batch=32, episodes=20, first="random"),
+    ("point-robot", "ad"): _CPU_AD | dict(
+        recipe="wander", steps=8000, lr=1e-3, batch=32, episodes=20, eval_every=1000, first="random",
+    ),
     ("point-robot", "dpt"): _CPU_DPT | dict(
         recipe="explore", steps=2000, batch=32, queries=32, prompt_length=60, episodes=20, prompt="all", first="random",
     ),
