@@ -345,6 +345,7 @@ for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "pu
     CPU[_env, "dpt"] = _CPU_DPT | dict(steps=1500, batch=16, queries=32, episodes=10, eval_every=500)
     if SPECS[_env].expert == "sac":
         CPU[_env, "dpt"] |= dict(recipe="explore")
+        CPU[_env, "ad"] |= dict(recipe="wander", steps=1500, lr=1e-3, first="random")
 # fmt: on
 
 
