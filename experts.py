@@ -5,7 +5,7 @@ Read after sac.py and ppo.py, before collect.py.
 
     experts/<name>/group-000/step-0000000020.safetensors   the policies of a group of tasks, stacked
                              levels.npz                     the return of every checkpoint, measured
-                             state.safetensors              what training continues from
+                             state.safetensors              what training continues from, until it is done
 
 The *level* of a checkpoint is its share of the way from the random policy's mean return (0) to the best
 checkpoint's of that task (1); with negative returns a plain percentage would mean nothing. App. D.2's qualities:
@@ -42,7 +42,7 @@ from envs import get_spec, make_batch, make_env, optimal_returns, random_returns
 from files import load_tensors, need_space, only_writer, progress, save_arrays
 from jobs import run_jobs
 from ppo import PPOConfig, train_ppo
-from sac import SACConfig, mlp, policy_file, squashed, train_sac
+from sac import STATE, SACConfig, mlp, policy_file, squashed, train_sac
 
 # Tables 2 and 3; hidden units and replay of the official configuration
 PAPER = {
@@ -205,18 +205,21 @@ def checkpoints(cfg: ExpertConfig) -> list[int]:
 
 
 def train_group(group: Group, alive) -> None:
-    """Train what is missing of a group, then measure it. Continues where it was stopped."""
+    """Train what is missing of a group, then measure it. Continues where it was stopped; the replay goes at the end."""
     folder, cfg = Path(group.folder), group.cfg
     with only_writer(folder, seconds=60):  # a worker of a killed command may still be in its last episode
         if (folder / "levels.npz").exists():
             return
         algorithm, seed = cfg.algorithm(), (cfg.seed, group.number)
-        if isinstance(algorithm, SACConfig):
+        if all(policy_file(folder, step).exists() for step in checkpoints(cfg)):
+            pass  # trained, but not measured
+        elif isinstance(algorithm, SACConfig):
             batch = make_batch(cfg.env, group.tasks)
             train_sac(batch, algorithm, seed, folder, lambda *_: alive(), group.device)
         else:
             train_ppo(partial(make_env, cfg.env, group.tasks[0]), algorithm, seed, folder, lambda *_: alive())
         save_arrays(folder / "levels.npz", measure(group, alive))
+        (folder / STATE).unlink(missing_ok=True)
 
 
 def measure(group: Group, alive) -> dict[str, np.ndarray]:

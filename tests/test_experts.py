@@ -44,7 +44,7 @@ from experts import (
 )
 from ppo import PPOConfig
 from rooms import point_robot_move
-from sac import SACConfig, policy_file, save_policies
+from sac import STATE, SACConfig, policy_file, save_policies
 
 LONG = 400  # seconds until a test gives up, on a machine that does other things too
 
@@ -528,7 +528,7 @@ def test_seeds_and_tasks_have_streams_of_their_own(marked, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ other families
-def test_cheetah_from_nothing_to_a_part(tmp_path):
+def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
     cfg = ExpertConfig(
         "cheetah-vel", steps=400, save_every=200, warmup=390, hidden=8, batch=8, level_episodes=1, group=2
     )
@@ -546,6 +546,12 @@ def test_cheetah_from_nothing_to_a_part(tmp_path):
     unchanged(tmp_path, before)
     folder = experts_folder(tmp_path, cfg, group.tasks)
     assert folder.parent == tmp_path / "experts" and "cheetah-vel" in folder.name
+    assert not (tmp_path / "group-000" / STATE).exists()  # the replay is of no use any more
+    monkeypatch.setattr(module, "train_sac", None)
+    (tmp_path / "group-000" / "levels.npz").unlink()
+    train_group(group, alive)  # measured anew, not trained
+    with np.load(tmp_path / "group-000" / "levels.npz") as file:
+        assert all((file[name] == levels[name]).all() for name in levels)
 
 
 def test_reach_labels_are_the_behaviours_own_actions(tmp_path, monkeypatch):
