@@ -333,7 +333,7 @@ CPU = {
         recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
     ("point-robot", "ad"): _CPU_AD | dict(
-        recipe="wander", steps=8000, lr=1e-3, batch=32, episodes=20, eval_every=1000, first="random",
+        recipe="wander", steps=10_000, batch=32, episodes=20, eval_every=1000, first="random",
     ),
     ("point-robot", "dpt"): _CPU_DPT | dict(
         recipe="explore", steps=2000, batch=32, queries=32, prompt_length=60, episodes=20, prompt="all", first="random",
@@ -345,7 +345,7 @@ for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "pu
     CPU[_env, "dpt"] = _CPU_DPT | dict(steps=1500, batch=16, queries=32, episodes=10, eval_every=500)
     if SPECS[_env].expert == "sac":
         CPU[_env, "dpt"] |= dict(recipe="explore")
-        CPU[_env, "ad"] |= dict(recipe="wander", steps=1500, lr=1e-3, first="random")
+        CPU[_env, "ad"] |= dict(recipe="wander", lr=1e-3, first="random")
 # fmt: on
 
 
