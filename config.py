@@ -22,6 +22,7 @@ from collect import CollectConfig, Quality, Recipe
 from envs import SPECS, get_spec
 from models import ModelConfig
 from moe import MoEKind, TaskRouting
+from policies import check_noise
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ class Config:
     """AD: K, finished episodes in the history (Algorithm 2)."""
     first: Literal["policy", "random"] = "policy"
     """Who plays the first episode, which has no context: the policy (paper) or random actions."""
+    noise: float = 0.0
+    """Continuous actions: deviation of the Gaussian noise they are played with; 0: the mean (paper)."""
     eval_every: int = 10_000
     """Steps between short evaluations while training; 0: none."""
     eval_episodes: int = 10
@@ -213,6 +216,7 @@ class Config:
                 min(self.episodes, self.history, self.log_every, self.checkpoint_every) >= 1
             ),
         }
+        check_noise(self.noise, self.env)
         for complaint, fine in want.items():
             if not fine:
                 raise ValueError(complaint)
@@ -250,7 +254,7 @@ _RENAMED = {"episodes": "data_episodes", "queries": "data_queries", "seed": "dat
 
 # What may differ between a run and its continuation: nothing of this changes the weights
 # (threads and device: but for rounding).
-FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "first", "checkpoint_every",
+FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "first", "noise", "checkpoint_every",
         "log_every", "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard", "workers", "cluster",
         "expert_device")  # fmt: skip
 
@@ -333,7 +337,7 @@ CPU = {
         recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
     ("point-robot", "ad"): _CPU_AD | dict(
-        recipe="wander", steps=10_000, batch=32, episodes=20, eval_every=1000, first="random",
+        recipe="wander", steps=10_000, batch=32, episodes=40, eval_every=1000, first="random", noise=0.2,
     ),
     ("point-robot", "dpt"): _CPU_DPT | dict(
         recipe="explore", steps=2000, batch=32, queries=32, prompt_length=60, episodes=20, prompt="all", first="random",
@@ -369,7 +373,7 @@ def differences(cfg: Config) -> list[str]:
     """
     paper = asdict(Config(env=cfg.env, backbone=cfg.backbone, **preset_values("paper", cfg.env, cfg.backbone)))
     here = asdict(cfg)
-    skip = {"env", "backbone", "preset", "seed", *FREE} - {"history", "actions", "prompt", "episodes", "first"}
+    skip = {"env", "backbone", "preset", "seed", *FREE} - {"history", "actions", "prompt", "episodes", "first", "noise"}
     return [f"{k}: {paper[k]} -> {here[k]}" for k in here if k not in skip and here[k] != paper[k]]
 
 

@@ -28,7 +28,7 @@ from data import Prompt
 from distributed import resolve_device
 from envs import get_spec, make_batch, optimal_returns, random_returns
 from files import progress, write_atomically
-from policies import Actions, ExactPosterior, First, Memory, make_policy
+from policies import Actions, ExactPosterior, First, Memory, check_noise, make_policy
 
 
 # ------------------------------------------------------------------------------- Algorithms 2 and 4
@@ -155,6 +155,7 @@ def evaluate_run(
     prompt: Memory = "last",
     history: int = 4,
     first: First = "policy",
+    noise: float = 0.0,
     repeats: int = 1,
     seed: int = 0,
     split: Literal["test", "train"] = "test",
@@ -169,11 +170,13 @@ def evaluate_run(
     folder = Path(folder)
     if min(episodes, history, repeats) < 1:
         raise ValueError("--episodes, --history and --repeats must be at least 1")
+    check_noise(noise, checkpoint.load_config(folder).env)
     model, cfg, about, (mean, std) = checkpoint.load_model(folder, resolve_device(device))
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
-    how = [actions if spec.discrete_actions else "mean", prompt if cfg.backbone == "dpt" else f"history{history}"]
+    continuous = f"noise{noise:g}" if noise else "mean"
+    how = [actions if spec.discrete_actions else continuous, prompt if cfg.backbone == "dpt" else f"history{history}"]
     variant = "-".join(how + ["random-first"] * (first == "random"))
     if results is None:
         target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
@@ -181,7 +184,7 @@ def evaluate_run(
         target, name = Path(results), f"{folder.resolve().name}-{split}-{variant}"
         summary = target / "summary.csv"
     check_summary(summary)  # before the work
-    settings = Settings(actions, prompt, history, first)
+    settings = Settings(actions, prompt, history, first, noise)
     policy = make_policy(model, settings, seed, mean, std)
     title, succeeded = f"evaluating on {len(tasks)} {split} tasks", []
     returns = play(cfg.env, played, policy, episodes, quiet=False, title=title, seed=seed, success=succeeded)
@@ -262,6 +265,7 @@ class Settings:
     prompt: Memory
     history: int
     first: First
+    noise: float = 0.0
 
 
 def main(
@@ -271,6 +275,7 @@ def main(
     prompt: Memory | None = None,
     history: int | None = None,
     first: First | None = None,
+    noise: float | None = None,
     repeats: int = 1,
     seed: int = 0,
     split: Literal["test", "train"] = "test",
@@ -286,6 +291,7 @@ def main(
         prompt: DPT: last episode or all of them.
         history: AD: finished episodes in the history.
         first: who plays the first episode: the policy or random actions.
+        noise: deviation of the noise on continuous actions.
         repeats: play every task this often, independently.
         seed: seed of the sampled actions.
         split: held-out tasks, or those trained on.
@@ -294,6 +300,7 @@ def main(
     """
     cfg = checkpoint.load_config(folder)
     given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first}
+    given |= {"noise": noise}
     filled = {k: getattr(cfg, k) if v is None else v for k, v in given.items()}
     evaluate_run(folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device)
 

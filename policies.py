@@ -9,9 +9,10 @@ DarkRoom and a random policy play through the same loop (evaluate.py: `play`).
 
 Differs from the paper (switches): `--prompt all` grows DPT's prompt over the episodes; `--first random` plays the
 first episode, which has no context, at random: where the optimal actions of all tasks cancel out (Point-Robot), the
-mean action stays where it is and learns nothing from there; actions of a
-discrete policy are sampled by default: on DarkRoom the arg max of even the exact posterior walks to the
-middle of the room and stays there.
+mean action stays where it is and learns nothing from there. `--noise` is added to continuous actions, which are
+otherwise the mean of what was imitated: Algorithm 2 keeps the best episodes, and once they repeat themselves there is
+nothing to choose from. Actions of a discrete policy are sampled by default: on DarkRoom the arg max of even the exact
+posterior walks to the middle of the room and stays there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data import DPTBatch, Prompt, normalise
+from envs import get_spec
 from models import T2MIR
 from posterior import action_posterior, goal_posterior
 
@@ -41,6 +43,14 @@ def choose(logits: Tensor, greedy: bool, rng: torch.Generator) -> Tensor:
     if greedy:
         return logits.argmax(-1).cpu()
     return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=rng)[:, 0]
+
+
+def check_noise(noise: float, env: str) -> None:
+    """Raises ValueError for noise that cannot be."""
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"--noise {noise} must be at least 0")
+    if noise and get_spec(env).discrete_actions:
+        raise ValueError(f"--noise is for continuous actions; those of {env} are sampled (--actions)")
 
 
 class RandomPolicy:
@@ -84,11 +94,12 @@ class ModelPolicy:
         model: T2MIR,
         greedy: bool = False,
         first: First = "policy",
+        noise: float = 0.0,
         seed: int = 0,
         mean: Tensor | None = None,
         std: Tensor | None = None,
     ):
-        self.model, self.cfg, self.greedy, self.first = model.eval(), model.cfg, greedy, first
+        self.model, self.cfg, self.greedy, self.first, self.noise = model.eval(), model.cfg, greedy, first, noise
         self.exploring = False  # in a first episode of random actions
         self.rng = torch.Generator().manual_seed(seed)
         self.device = next(model.parameters()).device
@@ -108,7 +119,10 @@ class ModelPolicy:
             return 2 * torch.rand(prediction.shape, generator=self.rng) - 1
         if self.cfg.discrete_actions:
             return choose(prediction, self.greedy, self.rng)
-        return prediction.cpu()  # continuous: the mean
+        action = prediction.cpu()  # continuous: the mean
+        if self.noise:
+            action = (action + self.noise * torch.randn(action.shape, generator=self.rng)).clamp(-1, 1)
+        return action
 
 
 class ADPolicy(ModelPolicy):
@@ -236,8 +250,9 @@ class DPTPolicy(ModelPolicy):
 
 
 def make_policy(model: T2MIR, settings, seed: int = 0, mean: Tensor | None = None, std: Tensor | None = None):
-    """The policy of a model's backbone; `settings` has .actions, .first, .history and .prompt (a Config has)."""
-    options = {"greedy": settings.actions == "greedy", "first": settings.first, "seed": seed, "mean": mean, "std": std}
+    """The policy of a model's backbone; `settings` has what evaluate.py's `Settings` has (a Config has it)."""
+    options = {"greedy": settings.actions == "greedy", "first": settings.first, "noise": settings.noise}
+    options |= {"seed": seed, "mean": mean, "std": std}
     if model.cfg.backbone == "ad":
         return ADPolicy(model, settings.history, **options)
     return DPTPolicy(model, settings.prompt, **options)

@@ -274,7 +274,9 @@ def main(argv: list[str] | None = None) -> None:
         distributed.barrier()
         train(cfg, folder, continued, device)
         if chief:
-            played = {name: getattr(cfg, name) for name in ("episodes", "actions", "prompt", "history", "first")}
+            played = {
+                name: getattr(cfg, name) for name in ("episodes", "actions", "prompt", "history", "first", "noise")
+            }
             evaluate_run(folder, **played, device=str(device))
         distributed.stop()
     except (ValueError, OSError) as error:

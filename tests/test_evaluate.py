@@ -26,7 +26,7 @@ from diagnostics import least_share, modality_counts, mutual_information, probe
 from envs import random_returns
 from evaluate import Settings, evaluate_run, interval, play, print_table
 from models import T2MIR
-from policies import RandomPolicy, concatenate, make_policy, sort_and_drop
+from policies import RandomPolicy, check_noise, concatenate, make_policy, sort_and_drop
 from rooms import point_robot_optimum
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
@@ -38,8 +38,8 @@ KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries
          "last": ("dpt", {})}  # fmt: skip
 
 
-def settings(actions="sample", prompt="last", history=2, first="policy"):
-    return Settings(actions, prompt, history, first)
+def settings(actions="sample", prompt="last", history=2, first="policy", noise=0.0):
+    return Settings(actions, prompt, history, first, noise)
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +364,38 @@ def test_algorithm2_with_continuous_numbers(point_config, monkeypatch, cached, f
         want.append(model(ADBatch(shown(concatenate([*kept, episode])), torch.arange(3))).action[:, -20:])
         kept = sort_and_drop([*kept, episode], 2)
     check_actions(episodes, want, first)
+
+
+@pytest.mark.parametrize("backbone", ["ad", "last"])
+@torch.no_grad()
+def test_noise_has_its_deviation_around_the_mean_action(point_config, backbone):
+    """The network reads the actions that were played, noise included."""
+    model = model_of(point_config, backbone)
+    episodes = played(model, settings(noise=0.25))
+    again = played(model, settings(noise=0.25))
+    assert all(torch.equal(a.actions, b.actions) for a, b in zip(episodes, again, strict=True))
+    if backbone == "ad":
+        mean = model(ADBatch(shown(episodes[0]), torch.arange(3))).action
+    else:
+        past, sees = Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0)), torch.zeros(3, 1).long()
+        queries = shown(episodes[0]).states.split(1, 1)
+        mean = torch.cat([model(DPTBatch(past, None, query, None, sees)).action for query in queries], 1)
+    noise, inside = episodes[0].actions - mean, episodes[0].actions.abs() < 1
+    assert episodes[0].actions.abs().max() <= 1 and inside.float().mean() > 0.5
+    inner = noise[mean.abs() < 0.25]  # three deviations from the nearest wall
+    assert len(inner) > 10 and inner.std().item() == pytest.approx(0.25, rel=4 / (2 * len(inner)) ** 0.5)
+    assert abs(inner.mean().item()) < 4 * 0.25 / len(inner) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "noise, named", [(-0.1, "at least 0"), (float("nan"), "at least 0"), (0.1, "continuous actions")]
+)
+def test_impossible_noise_is_refused(noise, named):
+    with pytest.raises(ValueError, match=named) as error:
+        check_noise(noise, "darkroom")
+    assert "\n" not in str(error.value)
+    check_noise(0.1, "point-robot")
+    check_noise(0.0, "darkroom")
 
 
 @pytest.mark.parametrize("first", ["policy", "random"])
