@@ -337,7 +337,7 @@ CPU = {
         recipe="explore", data_episodes=400, prompt_length=300, batch=12, queries=48, steps=2400, episodes=40,
     ),
     ("point-robot", "ad"): _CPU_AD | dict(
-        recipe="wander", steps=10_000, batch=32, episodes=40, eval_every=1000, first="random", noise=0.2,
+        recipe="wander", steps=2000, batch=32, episodes=40, w_contrastive=0.01, first="random", noise=0.2,
     ),
     ("point-robot", "dpt"): _CPU_DPT | dict(
         recipe="explore", steps=2000, batch=32, queries=32, prompt_length=60, episodes=20, prompt="all", first="random",
