@@ -701,7 +701,7 @@ def test_experts_of_other_settings_are_others(point_config):
 # ---------------------------------------------------------------------------- elsewhere, and interrupted
 def test_two_processes_give_the_same_bytes(point_config, point_folder, tmp_path):
     collect(replace(point_config, workers=2, folder=str(tmp_path)), quiet=True)
-    assert everything(tmp_path) == everything(point_config.folder) and len(everything(tmp_path)) == 3 * 12 + 6
+    assert everything(tmp_path) == everything(point_config.folder) and len(everything(tmp_path)) == 3 * 11 + 6
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
