@@ -252,10 +252,12 @@ class Config:
 # fields of a `CollectConfig` whose names mean something else here
 _RENAMED = {"episodes": "data_episodes", "queries": "data_queries", "seed": "data_seed", "folder": "datasets"}
 
+# How an evaluation plays
+PLAYED = ("episodes", "actions", "prompt", "history", "first", "noise")
 # What may differ between a run and its continuation: nothing of this changes the weights
 # (threads and device: but for rounding).
-FREE = ("resume", "run", "datasets", "episodes", "actions", "prompt", "history", "first", "noise", "checkpoint_every",
-        "log_every", "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard", "workers", "cluster",
+FREE = ("resume", "run", "datasets", *PLAYED, "checkpoint_every", "log_every",
+        "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard", "workers", "cluster",
         "expert_device")  # fmt: skip
 
 # fmt: off
@@ -373,7 +375,7 @@ def differences(cfg: Config) -> list[str]:
     """
     paper = asdict(Config(env=cfg.env, backbone=cfg.backbone, **preset_values("paper", cfg.env, cfg.backbone)))
     here = asdict(cfg)
-    skip = {"env", "backbone", "preset", "seed", *FREE} - {"history", "actions", "prompt", "episodes", "first", "noise"}
+    skip = {"env", "backbone", "preset", "seed", *FREE} - set(PLAYED)
     return [f"{k}: {paper[k]} -> {here[k]}" for k in here if k not in skip and here[k] != paper[k]]
 
 

@@ -170,8 +170,8 @@ def evaluate_run(
     folder = Path(folder)
     if min(episodes, history, repeats) < 1:
         raise ValueError("--episodes, --history and --repeats must be at least 1")
-    check_noise(noise, checkpoint.load_config(folder).env)
     model, cfg, about, (mean, std) = checkpoint.load_model(folder, resolve_device(device))
+    check_noise(noise, cfg.env)
     spec = get_spec(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
@@ -299,8 +299,8 @@ def main(
         device: cpu or cuda.
     """
     cfg = checkpoint.load_config(folder)
-    given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first}
-    given |= {"noise": noise}
+    given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first,
+             "noise": noise}  # fmt: skip
     filled = {k: getattr(cfg, k) if v is None else v for k, v in given.items()}
     evaluate_run(folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 import checkpoint
 import distributed
 from collect import collect, dataset_folder
-from config import FREE, Config, differences, parse
+from config import FREE, PLAYED, Config, differences, parse
 from data import ADBatch, Dataset, DPTBatch, load_dataset, rows, sample_ad, sample_dpt
 from diagnostics import probe
 from evaluate import check_summary, evaluate_run, play
@@ -274,9 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         distributed.barrier()
         train(cfg, folder, continued, device)
         if chief:
-            played = {
-                name: getattr(cfg, name) for name in ("episodes", "actions", "prompt", "history", "first", "noise")
-            }
+            played = {name: getattr(cfg, name) for name in PLAYED}
             evaluate_run(folder, **played, device=str(device))
         distributed.stop()
     except (ValueError, OSError) as error:
