@@ -15,7 +15,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready
-	$(BIN)/python bench.py --json results/bench.json
+	$(BIN)/python -m tools.bench --json results/bench.json
 
 # Installs once; again when the dependencies change.
 .venv/ready: pyproject.toml

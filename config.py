@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from collect import CollectConfig, Quality, Recipe
-from envs import SPECS, get_spec
+from envs import FAMILIES, get_family
 from models import ModelConfig
 from moe import MoEKind, TaskRouting
 from policies import check_noise
@@ -95,25 +95,25 @@ class Config:
     """Seed of the train/test split."""
     data_seed: int = 0
     """Seed of the dataset."""
-    expert_steps: int = 0
+    teacher_steps: int = 0
     """Environment steps of each task's expert; 0: the paper's (Tables 2, 3), as for the other expert settings."""
-    expert_save_every: int = 0
+    teacher_save_every: int = 0
     """Steps between its checkpoints."""
-    expert_warmup: int = 0
+    teacher_warmup: int = 0
     """SAC: first steps, random and without updates."""
-    expert_hidden: int = 0
+    teacher_hidden: int = 0
     """SAC: hidden units of a layer."""
-    expert_batch: int = 0
+    teacher_batch: int = 0
     """Rows of an update."""
-    expert_lr: float = 0.0
+    teacher_lr: float = 0.0
     """Learning rate of the experts."""
-    expert_alpha: float = 0.0
+    teacher_alpha: float = 0.0
     """SAC: entropy ratio."""
-    expert_seed: int = 0
+    teacher_seed: int = 0
     """Seed of the experts' training."""
-    expert_group: int = 10
+    teacher_group: int = 10
     """SAC: tasks trained in one stack."""
-    expert_device: str = "cpu"
+    teacher_device: str = "cpu"
     """SAC's networks on cpu or cuda."""
     workers: int = 0
     """Local processes that collect; 0: one a core."""
@@ -191,11 +191,13 @@ class Config:
 
     def check(self) -> Config:
         """Raises ValueError with one line for values that cannot be; returns itself."""
-        spec, model = get_spec(self.env), self.model()  # both refuse what cannot be
+        spec, model = get_family(self.env), self.model()  # both refuse what cannot be
         want = {
             "--steps must be at least 1": self.steps >= 1,
             "--batch must hold at least one task's draws": self.batch >= self.draws >= 1,
-            f"--batch {self.batch} is not a multiple of --draws {self.draws}": self.batch % max(1, self.draws) == 0,
+            f"--batch {self.batch} is not a multiple of --draws {self.draws}": self.batch
+            % max(1, self.draws)
+            == 0,
             f"--prompt-length {self.prompt_length} is not a multiple of {self.env}'s {spec.horizon}-step episode": (
                 self.prompt_length > 0 and self.prompt_length % spec.horizon == 0
             ),
@@ -204,14 +206,19 @@ class Config:
             ),
             "--queries must be at least 1": self.queries >= 1,
             "--queries above 1 needs --query-position last": self.queries == 1 or model.last,
-            "--short and --empty need --query-position last": self.short == self.empty == 0 or model.last,
+            "--short and --empty need --query-position last": self.short == self.empty == 0
+            or model.last,
             "--short and --empty are shares: together in [0, 1]": (
                 min(self.short, self.empty) >= 0 and self.short + self.empty <= 1
             ),
             "--lr and --clip must be positive": self.lr > 0 and self.clip > 0,
             "--warmup must not be negative": self.warmup >= 0,
-            "--momentum must be in [0, 1], --beta2 in [0, 1)": 0 <= self.momentum <= 1 and 0 <= self.beta2 < 1,
-            "loss weights must not be negative": min(self.w_contrastive, self.w_importance, self.w_load) >= 0,
+            "--momentum must be in [0, 1], --beta2 in [0, 1)": 0 <= self.momentum <= 1
+            and 0 <= self.beta2 < 1,
+            "loss weights must not be negative": min(
+                self.w_contrastive, self.w_importance, self.w_load
+            )
+            >= 0,
             "--episodes, --history, --log-every and --checkpoint-every must be at least 1": (
                 min(self.episodes, self.history, self.log_every, self.checkpoint_every) >= 1
             ),
@@ -223,7 +230,7 @@ class Config:
         return self
 
     def model(self) -> ModelConfig:
-        spec = get_spec(self.env)
+        spec = get_family(self.env)
         names = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(Config)}
         return ModelConfig(
             horizon=spec.horizon,
@@ -238,19 +245,26 @@ class Config:
     def collect(self) -> CollectConfig:
         """The dataset's settings: fields of the same name, but for those that a run has of its own."""
         renamed = {k: getattr(self, v) for k, v in _RENAMED.items()}
-        names = {f.name for f in fields(CollectConfig)} & {f.name for f in fields(Config)} - set(_RENAMED)
+        names = {f.name for f in fields(CollectConfig)} & {f.name for f in fields(Config)} - set(
+            _RENAMED
+        )
         return CollectConfig(**renamed, **{name: getattr(self, name) for name in names})
 
     @property
     def folder(self) -> str:
         return (
             self.run
-            or f"runs/{get_spec(self.env).name}-{self.backbone}-{self.moe}-{self.quality}-{self.preset}-s{self.seed}"
+            or f"runs/{get_family(self.env).name}-{self.backbone}-{self.moe}-{self.quality}-{self.preset}-s{self.seed}"
         )
 
 
 # fields of a `CollectConfig` whose names mean something else here
-_RENAMED = {"episodes": "data_episodes", "queries": "data_queries", "seed": "data_seed", "folder": "datasets"}
+_RENAMED = {
+    "episodes": "data_episodes",
+    "queries": "data_queries",
+    "seed": "data_seed",
+    "folder": "datasets",
+}
 
 # How an evaluation plays
 PLAYED = ("episodes", "actions", "prompt", "history", "first", "noise")
@@ -258,7 +272,7 @@ PLAYED = ("episodes", "actions", "prompt", "history", "first", "noise")
 # (threads and device: but for rounding).
 FREE = ("resume", "run", "datasets", *PLAYED, "checkpoint_every", "log_every",
         "eval_every", "eval_episodes", "device", "compile", "threads", "tensorboard", "workers", "cluster",
-        "expert_device")  # fmt: skip
+        "teacher_device")  # fmt: skip
 
 # fmt: off
 _CHEETAH = {
@@ -303,25 +317,25 @@ _PAPER_DATA = {
 
 # What two cores can do in about an hour a family, collection included: fewer tasks and steps, smaller networks.
 _CPU_SAC = dict(
-    expert_steps=40_000, expert_save_every=1000, expert_warmup=1000, expert_hidden=64, expert_batch=128, expert_lr=1e-3,
-    expert_alpha=0.02,
+    teacher_steps=40_000, teacher_save_every=1000, teacher_warmup=1000, teacher_hidden=64, teacher_batch=128, teacher_lr=1e-3,
+    teacher_alpha=0.02,
 )
 CPU_DATA = {
     "darkroom": {},
     "point-robot": dict(
         train_tasks=200, test_tasks=20, data_episodes=75, data_queries=1500,
-        expert_steps=1500, expert_save_every=20, expert_hidden=64, expert_lr=1e-3, expert_alpha=0.05, expert_group=20,
+        teacher_steps=1500, teacher_save_every=20, teacher_hidden=64, teacher_lr=1e-3, teacher_alpha=0.05, teacher_group=20,
     ),
     "cheetah-vel": dict(train_tasks=20, test_tasks=5, data_episodes=120, data_queries=4000, **_CPU_SAC),
     "cheetah-vel-3cluster": dict(train_tasks=18, test_tasks=6, data_episodes=120, data_queries=4000, **_CPU_SAC),
     "walker-param": dict(train_tasks=20, test_tasks=5, data_episodes=120, data_queries=4000, **_CPU_SAC),
     "reach": dict(
         train_tasks=16, test_tasks=4, data_episodes=120, data_queries=4000,
-        expert_steps=40_960, expert_save_every=2048,
+        teacher_steps=40_960, teacher_save_every=2048,
     ),
     "push": dict(
         train_tasks=12, test_tasks=4, data_episodes=120, data_queries=4000,
-        expert_steps=163_840, expert_save_every=4096,
+        teacher_steps=163_840, teacher_save_every=4096,
     ),
 }
 _CPU_BOTH = dict(
@@ -346,10 +360,10 @@ CPU = {
     ),
 }
 for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "push"):
-    _long = 3 * SPECS[_env].horizon
+    _long = 3 * get_family(_env).horizon
     CPU[_env, "ad"] = _CPU_AD | dict(steps=1000, batch=8, episodes=15, prompt_length=_long, history=2, eval_every=250)
     CPU[_env, "dpt"] = _CPU_DPT | dict(steps=1500, batch=16, queries=32, episodes=10, eval_every=500)
-    if SPECS[_env].expert == "sac":
+    if get_family(_env).teacher == "sac":
         CPU[_env, "dpt"] |= dict(recipe="explore")
         CPU[_env, "ad"] |= dict(recipe="wander", lr=1e-3, first="random")
 # fmt: on
@@ -357,13 +371,15 @@ for _env in ("cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "pu
 
 def preset_values(preset: str, env: str, backbone: str) -> dict:
     """The settings of a preset; raises ValueError for a family or backbone without one."""
-    horizon = get_spec(env).horizon
+    horizon = get_family(env).horizon
     if backbone not in _PAPER_BOTH:
         raise ValueError(f"unknown backbone '{backbone}': choose ad or dpt")
     own = dict(prompt_length=4 * horizon if backbone == "ad" else horizon)  # a family of the user's
     values = _PAPER_BOTH[backbone] | _PAPER_DATA.get(env, {}) | PAPER.get((env, backbone), own)
     if preset == "cpu":
-        values |= CPU_DATA.get(env, {}) | CPU.get((env, backbone), _CPU_AD if backbone == "ad" else _CPU_DPT)
+        values |= CPU_DATA.get(env, {}) | CPU.get(
+            (env, backbone), _CPU_AD if backbone == "ad" else _CPU_DPT
+        )
     elif preset != "paper":
         raise ValueError(f"unknown preset '{preset}': choose auto, paper or cpu")
     return values
@@ -373,7 +389,9 @@ def differences(cfg: Config) -> list[str]:
     """One 'name: paper -> here' for every setting of the method, data and optimisation that departs from
     the `paper` preset.
     """
-    paper = asdict(Config(env=cfg.env, backbone=cfg.backbone, **preset_values("paper", cfg.env, cfg.backbone)))
+    paper = asdict(
+        Config(env=cfg.env, backbone=cfg.backbone, **preset_values("paper", cfg.env, cfg.backbone))
+    )
     here = asdict(cfg)
     skip = {"env", "backbone", "preset", "seed", *FREE} - set(PLAYED)
     return [f"{k}: {paper[k]} -> {here[k]}" for k in here if k not in skip and here[k] != paper[k]]
@@ -397,13 +415,15 @@ def _first_look(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[
 def parse_collect(argv: list[str] | None = None) -> CollectConfig:
     """The command line of collect.py, completed by the data settings that both backbones' presets share."""
     chosen, argv = _first_look(sys.argv[1:] if argv is None else argv, "env", "preset")
-    get_spec(chosen.env)
+    get_family(chosen.env)
     if chosen.preset not in ("paper", "cpu"):
         raise ValueError(f"unknown preset '{chosen.preset}': choose auto, paper or cpu")
-    values = _PAPER_DATA.get(chosen.env, {}) | (CPU_DATA.get(chosen.env, {}) if chosen.preset == "cpu" else {})
+    values = _PAPER_DATA.get(chosen.env, {}) | (
+        CPU_DATA.get(chosen.env, {}) if chosen.preset == "cpu" else {}
+    )
     back = {v: k for k, v in _RENAMED.items()}
     default = CollectConfig(env=chosen.env, **{back.get(k, k): v for k, v in values.items()})
-    description = f"environments: {', '.join(SPECS)}; --preset auto|paper|cpu as in train.py"
+    description = f"environments: {', '.join(FAMILIES)}; --preset auto|paper|cpu as in train.py"
     return tyro.cli(CollectConfig, default=default, args=argv, description=description)
 
 
@@ -414,5 +434,5 @@ def parse(argv: list[str] | None = None) -> Config:
     chosen, argv = _first_look(sys.argv[1:] if argv is None else argv, "env", "backbone", "preset")
     values = preset_values(chosen.preset, chosen.env, chosen.backbone)
     default = Config(env=chosen.env, backbone=chosen.backbone, preset=chosen.preset, **values)
-    description = f"environments: {', '.join(SPECS)}"
+    description = f"environments: {', '.join(FAMILIES)}"
     return tyro.cli(Config, default=default, args=argv, description=description).check()

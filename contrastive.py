@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from distributed import gather
 from router import Router
+from support.distributed import gather
 
 
 def eq7_info_nce(query: Tensor, key: Tensor, w: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:

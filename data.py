@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs import EnvSpec, get_spec
+from envs import Family, get_family
 
 FORMAT = 1  # of the dataset folder; raised when its meaning changes
 ARRAYS = ("states", "actions", "rewards", "query_states", "query_actions")
@@ -76,7 +76,7 @@ class DPTBatch:
 class Dataset:
     """All of D_train, in memory; one fancy index makes a batch."""
 
-    spec: EnvSpec
+    spec: Family
     meta: dict
     states: Tensor  # (N, E, T, ds)
     actions: Tensor  # (N, E, T[, da])
@@ -119,18 +119,24 @@ def read_meta(folder: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"no dataset in {folder}: {path.name}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete that folder to collect it anew") from None
+        raise ValueError(
+            f"{path} is damaged ({error}); delete that folder to collect it anew"
+        ) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a t2mir dataset of format {FORMAT}; delete that folder to collect it anew")
+        raise ValueError(
+            f"{path} is not a t2mir dataset of format {FORMAT}; delete that folder to collect it anew"
+        )
     return meta
 
 
-def load_part(folder: Path, task: int, meta: dict, spec: EnvSpec) -> dict[str, np.ndarray]:
+def load_part(folder: Path, task: int, meta: dict, spec: Family) -> dict[str, np.ndarray]:
     """The arrays of one task, checked: bytes, names, shapes, finite values, ids in range."""
     path = folder / part_name(task)
     again = "delete that file and run collect.py with the same settings to redo it alone"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; run collect.py with the same settings to redo it alone")
+        raise ValueError(
+            f"{path} is missing; run collect.py with the same settings to redo it alone"
+        )
     if file_hash(path) != meta["sha256"][task]:
         raise ValueError(f"{path} is damaged (its checksum differs from meta.json); {again}")
     try:
@@ -157,7 +163,9 @@ def load_part(folder: Path, task: int, meta: dict, spec: EnvSpec) -> dict[str, n
             limits = spec.action_dim
         ids = limits is not None
         if array.dtype.kind not in ("ui" if ids else "uif"):
-            raise ValueError(f"{path}: {name} has type {array.dtype}, not {'whole ' if ids else ''}numbers; {again}")
+            raise ValueError(
+                f"{path}: {name} has type {array.dtype}, not {'whole ' if ids else ''}numbers; {again}"
+            )
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} holds values that are not finite; {again}")
         if ids and ((array < 0) | (array >= limits)).any():
@@ -171,13 +179,17 @@ def load_dataset(folder: str | Path, env: str | None = None) -> Dataset:
     meta = read_meta(folder)
     if env is not None and meta.get("env") != env:
         raise ValueError(f"{folder} holds data of '{meta.get('env')}', not of '{env}'")
-    if env is None and str(meta.get("env")).endswith(".py"):  # data must not choose which file is run
+    if env is None and str(meta.get("env")).endswith(
+        ".py"
+    ):  # data must not choose which file is run
         raise ValueError(f"{folder} holds data of {meta['env']}: name that file yourself (--env)")
     try:
-        spec = get_spec(meta["env"])
+        spec = get_family(meta["env"])
         parts = [load_part(folder, i, meta, spec) for i in range(len(meta["train_tasks"]))]
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{folder}/meta.json lacks {error}; delete that folder to collect it anew") from None
+        raise ValueError(
+            f"{folder}/meta.json lacks {error}; delete that folder to collect it anew"
+        ) from None
     stacked = {name: np.stack([part[name] for part in parts]) for name in ARRAYS}
     rewards = torch.from_numpy(stacked["rewards"]).float()
     returns = rewards.sum(-1)
@@ -234,7 +246,9 @@ def draw_episodes(dataset: Dataset, rows: int, count: int, rng: torch.Generator)
     return torch.rand(rows, dataset.episodes, generator=rng).topk(count, dim=1).indices
 
 
-def sample_ad(dataset: Dataset, batch: int, episodes: int, draws: int, rng: torch.Generator) -> ADBatch:
+def sample_ad(
+    dataset: Dataset, batch: int, episodes: int, draws: int, rng: torch.Generator
+) -> ADBatch:
     """Algorithm 1, lines 3-9: L episodes of a task, ascending by return, concatenated.
 
     `episodes` is L. Sorting ranks instead of returns does it without a look-up: `dataset.order` lists
@@ -284,12 +298,16 @@ def sample_dpt(
 def rows(batch, keep: slice):
     """Some rows of a batch or prompt: the share of one process."""
     parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return type(batch)(**{k: rows(v, keep) if isinstance(v, Prompt) else v[keep] for k, v in parts.items()})
+    return type(batch)(
+        **{k: rows(v, keep) if isinstance(v, Prompt) else v[keep] for k, v in parts.items()}
+    )
 
 
 def subset(dataset: Dataset, tasks: slice) -> Dataset:
     """The same dataset with fewer training tasks (for tests and quick looks)."""
     per_task = {
-        f.name: getattr(dataset, f.name)[tasks] for f in fields(dataset) if f.name in (*ARRAYS, "returns", "order")
+        f.name: getattr(dataset, f.name)[tasks]
+        for f in fields(dataset)
+        if f.name in (*ARRAYS, "returns", "order")
     }
     return replace(dataset, **per_task)

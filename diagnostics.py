@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from data import Dataset, sample_ad, sample_dpt
+from families.posterior import divergence
 from models import T2MIR, Output
-from posterior import divergence
 
 
 def mutual_information(joint: Tensor) -> float:
     """I(X; Y) in bits from counts (X, Y)."""
     p = joint.double() / joint.sum()
     outer = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
-    return torch.special.xlogy(p, p / outer.clamp_min(1e-300)).sum().item() / torch.log(torch.tensor(2.0)).item()
+    return (
+        torch.special.xlogy(p, p / outer.clamp_min(1e-300)).sum().item()
+        / torch.log(torch.tensor(2.0)).item()
+    )
 
 
 def modality_counts(out: Output, experts: int) -> Tensor:
@@ -47,13 +50,17 @@ def sample(dataset: Dataset, cfg, rows: int, draws: int, rng: torch.Generator):
     episodes = cfg.prompt_length // dataset.spec.horizon
     if cfg.backbone == "ad":
         return sample_ad(dataset, rows, episodes, draws, rng)
-    batch = sample_dpt(dataset, rows, episodes, draws, rng, queries=32 if cfg.query_position == "last" else 1)
+    batch = sample_dpt(
+        dataset, rows, episodes, draws, rng, queries=32 if cfg.query_position == "last" else 1
+    )
     batch.visible.fill_(cfg.prompt_length)
     return batch
 
 
 @torch.no_grad()
-def probe(model: T2MIR, dataset: Dataset, cfg, seed: int, device, rows: int = 64) -> dict[str, float]:
+def probe(
+    model: T2MIR, dataset: Dataset, cfg, seed: int, device, rows: int = 64
+) -> dict[str, float]:
     """One row of numbers: contrastive loss and accuracy beside its chance, what the token expert tells of
     the modality (bits, log2 3 = 1.58 at most), the least used expert's share of both MoEs, and for DPT on
     DarkRoom the divergence from the exact posterior with and without a reward in the prompt (nats).
@@ -78,7 +85,9 @@ def probe(model: T2MIR, dataset: Dataset, cfg, seed: int, device, rows: int = 64
         log_policy = out.action.log_softmax(-1)
         if cfg.query_position == "first":
             log_policy = log_policy[:, -1:]
-        kl, rewarded = divergence(batch.prompt.to("cpu"), batch.query_states.cpu(), log_policy.float().cpu())
+        kl, rewarded = divergence(
+            batch.prompt.to("cpu"), batch.query_states.cpu(), log_policy.float().cpu()
+        )
         found["kl_reward"] = kl[rewarded].mean().item() if rewarded.any() else float("nan")
         found["kl_no_reward"] = kl[~rewarded].mean().item() if (~rewarded).any() else float("nan")
     return found

@@ -23,12 +23,12 @@ import torch
 import tyro
 from scipy.stats import bootstrap
 
-import checkpoint
 from data import Prompt
-from distributed import resolve_device
-from envs import get_spec, make_batch, optimal_returns, random_returns
-from files import progress, write_atomically
+from envs import get_family, make_batch, optimal_returns, random_returns
 from policies import Actions, ExactPosterior, First, Memory, check_noise, make_policy
+from support import checkpoint
+from support.distributed import resolve_device
+from support.files import progress, write_atomically
 
 
 # ------------------------------------------------------------------------------- Algorithms 2 and 4
@@ -54,7 +54,7 @@ def play(
         states = torch.from_numpy(batch.reset())
         policy.begin(history, len(tasks))
         steps = []
-        for _ in range(get_spec(env).horizon):
+        for _ in range(get_family(env).horizon):
             actions = policy.act(states)
             following, rewards = batch.step(actions.numpy())
             rewards = torch.from_numpy(rewards)
@@ -73,7 +73,7 @@ def play(
 # fmt: off
 SUMMARY = (
     "env", "backbone", "moe", "routing", "quality", "preset", "seed", "steps", "train_seconds", "episodes",
-    "first_return", "last_return", "best_return", "random_return", "optimum", "expert_return", "success",
+    "first_return", "last_return", "best_return", "random_return", "optimum", "teacher_return", "success",
     "paper_return", "command",
 )
 # fmt: on
@@ -88,7 +88,12 @@ def interval(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_curve(
-    path: Path, title: str, returns: np.ndarray, lines: dict, ceiling: np.ndarray | None, memory: str
+    path: Path,
+    title: str,
+    returns: np.ndarray,
+    lines: dict,
+    ceiling: np.ndarray | None,
+    memory: str,
 ) -> None:
     """The return of each episode over held-out tasks, its interval, reference lines and the exact ceiling."""
     import matplotlib
@@ -103,18 +108,35 @@ def draw_curve(
     axis.fill_between(episode, low, high, alpha=0.25, linewidth=0)
     axis.plot(episode, returns.mean(0), label="this run, 95 % over tasks")
     if ceiling is not None:
-        axis.plot(episode, ceiling, color="black", linestyle=":", label=f"exact posterior, prompt {memory}")
-    for (name, value), style in zip(lines.items(), ("--", (0, (5, 1)), "-.", (0, (1, 3))), strict=True):
+        axis.plot(
+            episode,
+            ceiling,
+            color="black",
+            linestyle=":",
+            label=f"exact posterior, prompt {memory}",
+        )
+    for (name, value), style in zip(
+        lines.items(), ("--", (0, (5, 1)), "-.", (0, (1, 3))), strict=True
+    ):
         if value is not None:
-            axis.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.1f}")
-    axis.set(xlabel="episode", ylabel="return on held-out tasks", title=title, xlim=(1, max(2, len(episode))))
+            axis.axhline(
+                value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.1f}"
+            )
+    axis.set(
+        xlabel="episode",
+        ylabel="return on held-out tasks",
+        title=title,
+        xlim=(1, max(2, len(episode))),
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, loc="best")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
 
 
-def write_csv(path: Path, tasks: list, returns: np.ndarray, success: np.ndarray | None = None) -> None:
+def write_csv(
+    path: Path, tasks: list, returns: np.ndarray, success: np.ndarray | None = None
+) -> None:
     """A row for each task and episode. A task is its numbers, or its place in the list where they are many."""
     kinds = [list(task) for i, task in enumerate(tasks) if task not in tasks[:i]]
 
@@ -125,7 +147,10 @@ def write_csv(path: Path, tasks: list, returns: np.ndarray, success: np.ndarray 
             for i, (task, row) in enumerate(zip(tasks, returns, strict=True)):
                 name = " ".join(map(str, task)) if len(task) <= 3 else kinds.index(list(task))
                 for e, value in enumerate(row):
-                    out.writerow([name, e + 1, f"{value:g}"] + ([] if success is None else [int(success[i, e])]))
+                    out.writerow(
+                        [name, e + 1, f"{value:g}"]
+                        + ([] if success is None else [int(success[i, e])])
+                    )
 
     write_atomically(path, write)
 
@@ -172,11 +197,14 @@ def evaluate_run(
         raise ValueError("--episodes, --history and --repeats must be at least 1")
     model, cfg, about, (mean, std) = checkpoint.load_model(folder, resolve_device(device))
     check_noise(noise, cfg.env)
-    spec = get_spec(cfg.env)
+    spec = get_family(cfg.env)
     tasks = checkpoint.read_tasks(folder)[split]
     played = tasks * repeats
     continuous = f"noise{noise:g}" if noise else "mean"
-    how = [actions if spec.discrete_actions else continuous, prompt if cfg.backbone == "dpt" else f"history{history}"]
+    how = [
+        actions if spec.discrete_actions else continuous,
+        prompt if cfg.backbone == "dpt" else f"history{history}",
+    ]
     variant = "-".join(how + ["random-first"] * (first == "random"))
     if results is None:
         target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
@@ -187,12 +215,14 @@ def evaluate_run(
     settings = Settings(actions, prompt, history, first, noise)
     policy = make_policy(model, settings, seed, mean, std)
     title, succeeded = f"evaluating on {len(tasks)} {split} tasks", []
-    returns = play(cfg.env, played, policy, episodes, quiet=False, title=title, seed=seed, success=succeeded)
+    returns = play(
+        cfg.env, played, policy, episodes, quiet=False, title=title, seed=seed, success=succeeded
+    )
     success = np.stack(succeeded, 1) if succeeded else None
 
     known = checkpoint.read_reference(folder, split)  # measured when the data were collected
     floor = np.mean(known["random"] if known else random_returns(cfg.env, tasks))
-    optimum, expert = optimal_returns(cfg.env, tasks), np.mean(known["expert"]) if known else None
+    optimum, expert = optimal_returns(cfg.env, tasks), np.mean(known["teacher"]) if known else None
     optimum = None if optimum is None else optimum.mean()
     paper = spec.paper_return.get((cfg.backbone, cfg.moe)) if cfg.quality == "mixed" else None
     ceiling, memory = None, prompt if cfg.backbone == "dpt" else "all"
@@ -202,8 +232,10 @@ def evaluate_run(
     last = min(5, episodes)
     write_csv(target / f"{name}.csv", played, returns, success)
     title = f"{cfg.env}, {'T2MIR-' if cfg.moe != 'none' else ''}{cfg.backbone.upper()}, {split} tasks ({variant})"
-    lines = {"optimum": optimum, "expert": expert, "paper": paper, "random": floor}
-    per_task = returns.reshape(repeats, len(tasks), -1).mean(0)  # repeats of a task are not further tasks
+    lines = {"optimum": optimum, "teacher": expert, "paper": paper, "random": floor}
+    per_task = returns.reshape(repeats, len(tasks), -1).mean(
+        0
+    )  # repeats of a task are not further tasks
     draw_curve(target / f"{name}.png", title, per_task, lines, ceiling, memory)
 
     def number(value: float | None) -> str:
@@ -225,7 +257,7 @@ def evaluate_run(
         "best_return": number(curve.max()),
         "random_return": number(floor),
         "optimum": number(optimum),
-        "expert_return": number(expert),
+        "teacher_return": number(expert),
         "success": number(None if success is None else success[:, -last:].mean()),
         "paper_return": "" if paper is None else paper,
         "command": f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
@@ -246,9 +278,9 @@ def print_table(row: dict, curve: np.ndarray, ceiling: np.ndarray | None, last: 
     low += [(f"best episode ({int(curve.argmax()) + 1})", row["best_return"])]
     if ceiling is not None:
         low += [(f"exact posterior, last {last}", f"{ceiling[-last:].mean():.2f}")]
-    for name in ("optimum", "expert_return", "random_return", "paper_return"):
+    for name in ("optimum", "teacher_return", "random_return", "paper_return"):
         low += [(name.removesuffix("_return"), row[name] or "-")]
-    best = "optimum" if row["optimum"] else "expert_return"
+    best = "optimum" if row["optimum"] else "teacher_return"
     if row[best] and row[best] != row["random_return"]:
         share = normalised(*(float(row[k]) for k in ("last_return", "random_return", best)))
         low += [(f"random 0, {best.removesuffix('_return')} 1: last {last}", f"{share:.3f}")]
@@ -302,7 +334,9 @@ def main(
     given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first,
              "noise": noise}  # fmt: skip
     filled = {k: getattr(cfg, k) if v is None else v for k, v in given.items()}
-    evaluate_run(folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device)
+    evaluate_run(
+        folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device
+    )
 
 
 if __name__ == "__main__":

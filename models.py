@@ -72,20 +72,34 @@ class ModelConfig:
             if not fine:
                 raise ValueError(why)
 
-        need(min(self.layers, self.heads, self.width, self.ff) >= 1, "layers, heads, width and ff must be at least 1")
-        need(self.width % self.heads == 0, f"--width {self.width} is not a multiple of --heads {self.heads}")
+        need(
+            min(self.layers, self.heads, self.width, self.ff) >= 1,
+            "layers, heads, width and ff must be at least 1",
+        )
+        need(
+            self.width % self.heads == 0,
+            f"--width {self.width} is not a multiple of --heads {self.heads}",
+        )
         need(0 <= self.dropout < 1, f"--dropout {self.dropout} is not in [0, 1)")
         for name, experts, hidden in (
             ("token", self.token_experts, self.token_hidden),
             ("task", self.task_experts, self.task_hidden),
         ):
-            need(1 <= self.top_k <= experts, f"--top-k {self.top_k} is not between 1 and --{name}-experts {experts}")
+            need(
+                1 <= self.top_k <= experts,
+                f"--top-k {self.top_k} is not between 1 and --{name}-experts {experts}",
+            )
             need(
                 hidden >= experts and hidden % experts == 0,
                 f"--{name}-hidden {hidden} is not a multiple of --{name}-experts {experts}",
             )
         need(
-            not (self.last and self.has_task and self.routing == "sequence" and self.moe_position != "top"),
+            not (
+                self.last
+                and self.has_task
+                and self.routing == "sequence"
+                and self.moe_position != "top"
+            ),
             "--query-position last with --routing sequence needs --moe-position top: below it, early queries "
             "would see the whole prompt through the gate",
         )
@@ -101,7 +115,9 @@ class ModelConfig:
     @property
     def moe_block(self) -> int:
         """Which block's feed-forward layer the MoE replaces (App. G.2: first, L/2-th or last)."""
-        return {"top": self.layers - 1, "middle": (self.layers + 1) // 2 - 1, "bottom": 0}[self.moe_position]
+        return {"top": self.layers - 1, "middle": (self.layers + 1) // 2 - 1, "bottom": 0}[
+            self.moe_position
+        ]
 
     @property
     def cacheable(self) -> bool:
@@ -135,7 +151,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     in half precision on CUDA; `scaled_dot_product_attention` everything else.
     """
     s, keys, d = q.shape[2], k.shape[2], q.shape[3]
-    if mask is None and flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if (
+        mask is None
+        and flash_attn_func is not None
+        and q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+    ):
         # flash-attn's layout is (B, S, H, d), its causal mask aligned at the last key as well
         return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
     if mask is None and s != keys and s > 1:
@@ -189,7 +210,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View, cache: Cache | None, layer: int) -> Tensor:
         b, s, d = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, S, d)
+        q, k, v = (
+            self.qkv(x).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        )  # (B, H, S, d)
         if cache is not None:
             k, v = cache.store(layer, k, v)
         if view.query_mask is None:
@@ -234,7 +257,9 @@ class Block(nn.Module):
         if self.is_moe:
             token = (cfg.token_experts, cfg.top_k, cfg.token_hidden)
             task = (cfg.task_experts, cfg.top_k, cfg.task_hidden)
-            self.ff = MoELayer(cfg.width, cfg.moe, token, task, cfg.w_importance, cfg.w_load, cfg.task_center)
+            self.ff = MoELayer(
+                cfg.width, cfg.moe, token, task, cfg.w_importance, cfg.w_load, cfg.task_center
+            )
         else:
             # Without MoE the block in its place is 1.5 times wider: as many active weights as T2MIR's.
             wide = layer == cfg.moe_block and cfg.moe == "none"
@@ -252,7 +277,9 @@ class T2MIR(nn.Module):
             starts = torch.tensor([0, *cfg.state_values[:-1]]).cumsum(0)
             self.register_buffer("coordinate", starts, persistent=False)
             self.embed_state = nn.Embedding(sum(cfg.state_values), cfg.width)
-            self.register_buffer("span", (torch.tensor(cfg.state_values) - 1.0).clamp_min(1), persistent=False)
+            self.register_buffer(
+                "span", (torch.tensor(cfg.state_values) - 1.0).clamp_min(1), persistent=False
+            )
             self.embed_place = nn.Linear(cfg.state_dim, cfg.width, bias=False)
         else:
             self.embed_state = nn.Linear(cfg.state_dim, cfg.width)
@@ -277,13 +304,21 @@ class T2MIR(nn.Module):
     def _state(self, states: Tensor) -> Tensor:
         if self.cfg.state_values:
             place = self.embed_place(2 * states / self.span - 1)
-            return self.embed_state(states + self.coordinate).sum(-2) + place + self.embed_modality[0]
+            return (
+                self.embed_state(states + self.coordinate).sum(-2) + place + self.embed_modality[0]
+            )
         return self.embed_state(states) + self.embed_modality[0]
 
     def embed_prompt(self, prompt: Prompt, start: int = 0) -> Tensor:
         """s, a, r interleaved: (B, 3n, D); `start` is the time within the episode of the first step."""
-        state, action = self._state(prompt.states), self.embed_action(prompt.actions) + self.embed_modality[1]
-        reward = self.embed_reward(prompt.rewards[..., None] / self.cfg.reward_scale) + self.embed_modality[2]
+        state, action = (
+            self._state(prompt.states),
+            self.embed_action(prompt.actions) + self.embed_modality[1],
+        )
+        reward = (
+            self.embed_reward(prompt.rewards[..., None] / self.cfg.reward_scale)
+            + self.embed_modality[2]
+        )
         time = (start + torch.arange(prompt.steps, device=reward.device)) % self.cfg.horizon
         time = self.embed_time(time + (self.cfg.backbone == "dpt"))  # DPT: 1..T, AD: 0..T-1
         return (torch.stack([state, action, reward], 2) + time[:, None]).flatten(1, 2)
@@ -329,7 +364,13 @@ class T2MIR(nn.Module):
         return self._run(x, view, read, modality, batch.task, visible)
 
     def _run(
-        self, x, view: View, read: Tensor, modality: Tensor, task: Tensor | None, visible: Tensor | None
+        self,
+        x,
+        view: View,
+        read: Tensor,
+        modality: Tensor,
+        task: Tensor | None,
+        visible: Tensor | None,
     ) -> Output:
         cfg, zero = self.cfg, x.new_zeros((), dtype=torch.float32)
         x, balance, contrast, experts = self.drop(x), zero, (zero, zero), (None, None)
@@ -364,7 +405,9 @@ class T2MIR(nn.Module):
         n = view.prompt
         total = h[:, :n].float().cumsum(1)  # (B, n, D)
         mean = total / torch.arange(1, n + 1, device=h.device)[:, None]
-        if visible is not None:  # a query is a sequence of its own: what it sees of the prompt, and itself
+        if (
+            visible is not None
+        ):  # a query is a sequence of its own: what it sees of the prompt, and itself
             before = F.pad(total, (0, 0, 1, 0))  # (B, n+1, D): sums of the first 0, 1, ... tokens
             seen = before.gather(1, visible[..., None].expand(-1, -1, h.shape[-1]))
             mean = torch.cat([mean, (seen + h[:, n:]) / (visible[..., None] + 1)], 1)

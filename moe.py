@@ -46,9 +46,13 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, width: int, hidden: int, out: int):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(experts, width, hidden).uniform_(-1, 1) / math.sqrt(width))
+        self.w1 = nn.Parameter(
+            torch.empty(experts, width, hidden).uniform_(-1, 1) / math.sqrt(width)
+        )
         self.b1 = nn.Parameter(torch.zeros(experts, hidden))
-        self.w2 = nn.Parameter(torch.empty(experts, hidden, out).uniform_(-1, 1) / math.sqrt(hidden))
+        self.w2 = nn.Parameter(
+            torch.empty(experts, hidden, out).uniform_(-1, 1) / math.sqrt(hidden)
+        )
         self.b2 = nn.Parameter(torch.zeros(experts, out))
 
     def one(self, expert: int, x: Tensor) -> Tensor:
@@ -65,8 +69,12 @@ class Experts(nn.Module):
         order = chosen.argsort(stable=True)
         count = torch.bincount(chosen, minlength=len(self.w1)).tolist()
         token = order // k
-        slices = x.index_select(0, token).split(count)  # its backward is cheaper than that of x[token]
-        weights = (p.unbind() for p in (self.w1, self.b1, self.w2, self.b2))  # one gradient, not one a slice
+        slices = x.index_select(0, token).split(
+            count
+        )  # its backward is cheaper than that of x[token]
+        weights = (
+            p.unbind() for p in (self.w1, self.b1, self.w2, self.b2)
+        )  # one gradient, not one a slice
         y = torch.cat([two_layers(part, *own) for part, *own in zip(slices, *weights, strict=True)])
         y = y * routing.weight.flatten().index_select(0, order)[:, None].to(y.dtype)
         return y.new_zeros(len(x), y.shape[-1]).index_add_(0, token, y)
@@ -103,14 +111,26 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, kind: MoEKind, token: tuple, task: tuple, w_imp: float, w_load: float, center: bool = False
+        self,
+        width: int,
+        kind: MoEKind,
+        token: tuple,
+        task: tuple,
+        w_imp: float,
+        w_load: float,
+        center: bool = False,
     ):
         super().__init__()
-        (token_experts, k_token, token_hidden), (task_experts, self.k_task, task_hidden) = token, task
+        (token_experts, k_token, token_hidden), (task_experts, self.k_task, task_hidden) = (
+            token,
+            task,
+        )
         if kind == "both" and width % 2:
             raise ValueError(f"two parallel MoEs share the width equally: {width} is odd")
         if token_hidden % token_experts or task_hidden % task_experts:
-            raise ValueError("hidden units are shared equally: they must be a multiple of the number of experts")
+            raise ValueError(
+                "hidden units are shared equally: they must be a multiple of the number of experts"
+            )
         out = width // 2 if kind == "both" else width
         self.token = self.task = None
         if kind in ("both", "token"):
@@ -126,7 +146,12 @@ class MoELayer(nn.Module):
         """
         b, s, d = h.shape
         x = h if read is None else h.index_select(1, read)
-        halves, balance, token_expert, task_expert = [], h.new_zeros((), dtype=torch.float32), None, None
+        halves, balance, token_expert, task_expert = (
+            [],
+            h.new_zeros((), dtype=torch.float32),
+            None,
+            None,
+        )
         if self.token is not None:  # Eq. 2
             routing, _, balance = self.token_router(h.reshape(b * s, d))
             index, weight = (r.view(b, s, -1) for r in (routing.index, routing.weight))
@@ -159,6 +184,10 @@ if __name__ == "__main__":
     layer = MoELayer(8, "both", (6, 2, 48), (4, 2, 32), 0.1, 0.1).eval()
     h = torch.randn(1, 3, 8)  # one row: a state, an action and a reward token
     out = layer(h, h.mean(1))
-    for name, expert in zip(("state", "action", "reward"), out.token_expert[0].tolist(), strict=True):
-        print(f"{name:6s} token -> token experts {expert};  the row -> task experts {out.task_expert[0].tolist()}")
+    for name, expert in zip(
+        ("state", "action", "reward"), out.token_expert[0].tolist(), strict=True
+    ):
+        print(
+            f"{name:6s} token -> token experts {expert};  the row -> task experts {out.task_expert[0].tolist()}"
+        )
     print(f"output {tuple(out.y.shape)}: {out.y.shape[-1] // 2} numbers from each half")

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from data import DPTBatch, Prompt, normalise
-from envs import get_spec
+from envs import get_family
+from families.posterior import action_posterior, goal_posterior
 from models import T2MIR
-from posterior import action_posterior, goal_posterior
 
 Actions = Literal["sample", "greedy"]
 Memory = Literal["last", "all"]
@@ -35,7 +35,12 @@ First = Literal["policy", "random"]
 
 def concatenate(history: list[Prompt]) -> Prompt:
     """Episodes behind one another."""
-    return Prompt(*(torch.cat([getattr(p, name) for p in history], 1) for name in ("states", "actions", "rewards")))
+    return Prompt(
+        *(
+            torch.cat([getattr(p, name) for p in history], 1)
+            for name in ("states", "actions", "rewards")
+        )
+    )
 
 
 def choose(logits: Tensor, greedy: bool, rng: torch.Generator) -> Tensor:
@@ -49,8 +54,10 @@ def check_noise(noise: float, env: str) -> None:
     """Raises ValueError for noise that cannot be."""
     if not 0 <= noise < math.inf:
         raise ValueError(f"--noise {noise} must be at least 0")
-    if noise and get_spec(env).discrete_actions:
-        raise ValueError(f"--noise is for continuous actions; those of {env} are sampled (--actions)")
+    if noise and get_family(env).discrete_actions:
+        raise ValueError(
+            f"--noise is for continuous actions; those of {env} are sampled (--actions)"
+        )
 
 
 class RandomPolicy:
@@ -81,7 +88,9 @@ class ExactPosterior:
         self.belief = goal_posterior(prompt, rows)
 
     def act(self, states: Tensor) -> Tensor:
-        return choose(action_posterior(self.belief, states[:, None])[:, 0].log(), self.greedy, self.rng)
+        return choose(
+            action_posterior(self.belief, states[:, None])[:, 0].log(), self.greedy, self.rng
+        )
 
     def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None: ...
 
@@ -99,11 +108,19 @@ class ModelPolicy:
         mean: Tensor | None = None,
         std: Tensor | None = None,
     ):
-        self.model, self.cfg, self.greedy, self.first, self.noise = model.eval(), model.cfg, greedy, first, noise
+        self.model, self.cfg, self.greedy, self.first, self.noise = (
+            model.eval(),
+            model.cfg,
+            greedy,
+            first,
+            noise,
+        )
         self.exploring = False  # in a first episode of random actions
         self.rng = torch.Generator().manual_seed(seed)
         self.device = next(model.parameters()).device
-        self.mean, self.std = (0.0, 1.0) if mean is None else (mean.to(self.device), std.to(self.device))
+        self.mean, self.std = (
+            (0.0, 1.0) if mean is None else (mean.to(self.device), std.to(self.device))
+        )
 
     def read(self, states: Tensor) -> Tensor:
         states = states.to(self.device)
@@ -121,7 +138,9 @@ class ModelPolicy:
             return choose(prediction, self.greedy, self.rng)
         action = prediction.cpu()  # continuous: the mean
         if self.noise:
-            action = (action + self.noise * torch.randn(action.shape, generator=self.rng)).clamp(-1, 1)
+            action = (action + self.noise * torch.randn(action.shape, generator=self.rng)).clamp(
+                -1, 1
+            )
         return action
 
 
@@ -153,9 +172,14 @@ class ADPolicy(ModelPolicy):
     def act(self, states: Tensor) -> Tensor:
         step = self._step(states, None, None)
         if not self.cfg.cacheable:
-            whole = concatenate([self.prompt(p.states, p.actions, p.rewards) for p in [*self.kept, *self.now]] + [step])
+            whole = concatenate(
+                [self.prompt(p.states, p.actions, p.rewards) for p in [*self.kept, *self.now]]
+                + [step]
+            )
             return self.action(self.model.last_action(whole))
-        token = self.model.embed_prompt(step, len(self.now))[:, :1]  # s_t; its a and r are yet to come
+        token = self.model.embed_prompt(step, len(self.now))[
+            :, :1
+        ]  # s_t; its a and r are yet to come
         if self.unseen is not None:
             token = torch.cat([self.unseen, token], 1)  # a_{t-1}, r_{t-1}, s_t
         return self.action(self.model.feed(token, self.cache))
@@ -169,8 +193,12 @@ class ADPolicy(ModelPolicy):
     def _step(self, states: Tensor, actions: Tensor | None, rewards: Tensor | None) -> Prompt:
         """One transition; before the action is known, zeros stand for it and are never read."""
         if actions is None:
-            shape = (len(states),) if self.cfg.discrete_actions else (len(states), self.cfg.action_dim)
-            actions = torch.zeros(shape, dtype=torch.int64 if self.cfg.discrete_actions else torch.float32)
+            shape = (
+                (len(states),) if self.cfg.discrete_actions else (len(states), self.cfg.action_dim)
+            )
+            actions = torch.zeros(
+                shape, dtype=torch.int64 if self.cfg.discrete_actions else torch.float32
+            )
             rewards = torch.zeros(len(states))
         return self.prompt(states[:, None], actions[:, None], rewards[:, None])
 
@@ -180,7 +208,10 @@ def sort_and_drop(episodes: list[Prompt], keep: int) -> list[Prompt]:
 
     Ties keep the order of play, so of equal episodes the oldest goes first.
     """
-    stacked = [torch.stack([getattr(p, name) for p in episodes], 1) for name in ("states", "actions", "rewards")]
+    stacked = [
+        torch.stack([getattr(p, name) for p in episodes], 1)
+        for name in ("states", "actions", "rewards")
+    ]
     order = stacked[2].sum(-1).argsort(dim=1, stable=True)[:, -keep:]  # (N, keep)
     task = torch.arange(len(order))
     return [Prompt(*(array[task, order[:, i]] for array in stacked)) for i in range(order.shape[1])]
@@ -205,7 +236,10 @@ class DPTPolicy(ModelPolicy):
                 self.cache = self.model.new_cache(rows, 3 * self.cfg.horizon + 1)
             if history:
                 new = history[-1]
-                self.model.feed(self.model.embed_prompt(self.prompt(new.states, new.actions, new.rewards)), self.cache)
+                self.model.feed(
+                    self.model.embed_prompt(self.prompt(new.states, new.actions, new.rewards)),
+                    self.cache,
+                )
             return
         if history:
             past = history[-1] if self.memory == "last" else concatenate(history)
@@ -213,10 +247,15 @@ class DPTPolicy(ModelPolicy):
         else:
             empty = torch.zeros(rows, 0)
             actions = (
-                empty.long() if self.cfg.discrete_actions else empty[..., None].expand(-1, -1, self.cfg.action_dim)
+                empty.long()
+                if self.cfg.discrete_actions
+                else empty[..., None].expand(-1, -1, self.cfg.action_dim)
             )
             grid = torch.zeros(
-                rows, 0, self.cfg.state_dim, dtype=torch.int64 if self.cfg.state_values else torch.float32
+                rows,
+                0,
+                self.cfg.state_dim,
+                dtype=torch.int64 if self.cfg.state_values else torch.float32,
             )
             self.past = self.prompt(grid, actions, empty)
 
@@ -249,9 +288,15 @@ class DPTPolicy(ModelPolicy):
     def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None: ...
 
 
-def make_policy(model: T2MIR, settings, seed: int = 0, mean: Tensor | None = None, std: Tensor | None = None):
+def make_policy(
+    model: T2MIR, settings, seed: int = 0, mean: Tensor | None = None, std: Tensor | None = None
+):
     """The policy of a model's backbone; `settings` has what evaluate.py's `Settings` has (a Config has it)."""
-    options = {"greedy": settings.actions == "greedy", "first": settings.first, "noise": settings.noise}
+    options = {
+        "greedy": settings.actions == "greedy",
+        "first": settings.first,
+        "noise": settings.noise,
+    }
     options |= {"seed": seed, "mean": mean, "std": std}
     if model.cfg.backbone == "ad":
         return ADPolicy(model, settings.history, **options)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import normal_like, total
+from support.distributed import normal_like, total
 
 NOISE_FLOOR = 0.01
 

@@ -29,16 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
-import distributed
 from collect import collect, dataset_folder
 from config import FREE, PLAYED, Config, differences, parse
 from data import ADBatch, Dataset, DPTBatch, load_dataset, rows, sample_ad, sample_dpt
 from diagnostics import probe
 from evaluate import check_summary, evaluate_run, play
-from files import progress
 from models import T2MIR, Output
 from policies import make_policy
+from support import checkpoint, distributed
+from support.files import progress
 
 
 def sample(dataset: Dataset, cfg: Config, rng: torch.Generator) -> ADBatch | DPTBatch:
@@ -47,7 +46,9 @@ def sample(dataset: Dataset, cfg: Config, rng: torch.Generator) -> ADBatch | DPT
     if cfg.backbone == "ad":
         batch = sample_ad(dataset, everyone, episodes, cfg.draws, rng)
     else:
-        batch = sample_dpt(dataset, everyone, episodes, cfg.draws, rng, cfg.queries, cfg.short, cfg.empty)
+        batch = sample_dpt(
+            dataset, everyone, episodes, cfg.draws, rng, cfg.queries, cfg.short, cfg.empty
+        )
     first = cfg.batch * distributed.rank()
     return rows(batch, slice(first, first + cfg.batch))
 
@@ -105,7 +106,9 @@ class Log:
         if path.exists():
             with open(path, newline="") as file:
                 kept = [
-                    row for row in csv.DictReader(file) if row.get("step", "").isdigit() and int(row["step"]) <= step
+                    row
+                    for row in csv.DictReader(file)
+                    if row.get("step", "").isdigit() and int(row["step"]) <= step
                 ]
         self.file = open(path, "w", newline="")  # noqa: SIM115 (open as long as the run)
         self.csv = csv.DictWriter(self.file, self.COLUMNS)
@@ -113,7 +116,9 @@ class Log:
         self.csv.writerows(kept)
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an optional extra, checked by main()
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # an optional extra, checked by main()
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
@@ -136,12 +141,16 @@ def open_run(cfg: Config) -> tuple[Path, bool]:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} exists and is not a t2mir run: choose another --run")
     if not cfg.resume:
-        raise ValueError(f"{folder} already holds a run: add --resume to continue it, or choose another --run")
+        raise ValueError(
+            f"{folder} already holds a run: add --resume to continue it, or choose another --run"
+        )
     old, new = checkpoint.read_config(folder), json.loads(json.dumps(asdict(cfg)))
     changed = [k for k in new if k not in FREE and new[k] != old.get(k)]
     if changed:
         listed = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
-        raise ValueError(f"{folder} was started with other settings ({listed}): choose another --run")
+        raise ValueError(
+            f"{folder} was started with other settings ({listed}): choose another --run"
+        )
     return folder, True
 
 
@@ -151,7 +160,9 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     rng = torch.Generator().manual_seed(cfg.seed + 1)  # batches
     dataset = load_dataset(cfg.data or dataset_folder(cfg.collect()), cfg.env)
     if cfg.prompt_length > dataset.episodes * dataset.spec.horizon:
-        raise ValueError(f"--prompt-length {cfg.prompt_length} needs more than the data's {dataset.episodes} episodes")
+        raise ValueError(
+            f"--prompt-length {cfg.prompt_length} needs more than the data's {dataset.episodes} episodes"
+        )
     model = T2MIR(cfg.model()).to(device)
     optimizer = make_optimizer(model, cfg)
     state = checkpoint.State(model, optimizer, rng, dataset.state_mean, dataset.state_std)
@@ -169,14 +180,28 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
     if cfg.compile:
         runner = torch.compile(runner)
     if distributed.active():
-        runner = torch.nn.parallel.DistributedDataParallel(runner, find_unused_parameters=cfg.draws == 1)
+        runner = torch.nn.parallel.DistributedDataParallel(
+            runner, find_unused_parameters=cfg.draws == 1
+        )
     half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    tokens = cfg.batch * distributed.world() * (3 * cfg.prompt_length + (cfg.queries if cfg.backbone == "dpt" else 0))
-    held_out, trained_on = dataset.meta["test_tasks"], dataset.meta["train_tasks"][: len(dataset.meta["test_tasks"])]
+    tokens = (
+        cfg.batch
+        * distributed.world()
+        * (3 * cfg.prompt_length + (cfg.queries if cfg.backbone == "dpt" else 0))
+    )
+    held_out, trained_on = (
+        dataset.meta["test_tasks"],
+        dataset.meta["train_tasks"][: len(dataset.meta["test_tasks"])],
+    )
 
     stopped = []  # the signal that asked for an end; the step in hand is finished first
-    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = progress(total=cfg.steps, initial=state.step, desc=folder.name, unit="step", disable=not main)
+    handlers = {
+        s: signal.signal(s, lambda number, _: stopped.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    bar = progress(
+        total=cfg.steps, initial=state.step, desc=folder.name, unit="step", disable=not main
+    )
     since, fresh, last_return = time.perf_counter(), 0, float("nan")
     started = since - state.seconds
     model.train()
@@ -189,7 +214,9 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             output = runner(batch)
         imitation = imitation_loss(output, batch, model.cfg.discrete_actions)  # Eq. 10 or 11
-        loss = imitation + output.balance + cfg.w_contrastive * output.contrastive  # Alg. 1 l. 14, Alg. 3 l. 21
+        loss = (
+            imitation + output.balance + cfg.w_contrastive * output.contrastive
+        )  # Alg. 1 l. 14, Alg. 3 l. 21
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -212,8 +239,12 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
             "accuracy": output.accuracy,
             "grad_norm": norm,
         }
-        asked = torch.tensor(float(bool(stopped)), device=device)  # if one process was told to stop, all do
-        *values, asked = distributed.mean(torch.stack([*(v.detach().float() for v in terms.values()), asked])).tolist()
+        asked = torch.tensor(
+            float(bool(stopped)), device=device
+        )  # if one process was told to stop, all do
+        *values, asked = distributed.mean(
+            torch.stack([*(v.detach().float() for v in terms.values()), asked])
+        ).tolist()
         for name, value in zip(terms, values, strict=True):
             state.sums[name] = state.sums.get(name, 0.0) + value
         fresh += 1
@@ -234,7 +265,8 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
                 model.train()
             log.row(row)
             bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s, return {last_return:.1f}", refresh=False
+                f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s, return {last_return:.1f}",
+                refresh=False,
             )
             since, fresh = time.perf_counter(), 0
         if state.step % cfg.log_every == 0:
@@ -246,7 +278,9 @@ def train(cfg: Config, folder: Path, continued: bool, device: torch.device) -> N
         signal.signal(number, handler)
     if asked:
         if main:
-            print(f"stopped at step {state.step} of {cfg.steps}; the same command with --resume continues")
+            print(
+                f"stopped at step {state.step} of {cfg.steps}; the same command with --resume continues"
+            )
         distributed.stop()
         raise SystemExit(128 + (stopped[0] if stopped else signal.SIGTERM))
 
@@ -261,12 +295,18 @@ def main(argv: list[str] | None = None) -> None:
         folder, continued = open_run(cfg)
         check_summary(folder.parent / "summary.csv")  # the evaluation at the end appends to it
         if cfg.init and not continued:
-            checkpoint.load_weights(cfg.init, T2MIR(cfg.model()))  # refused now rather than after collecting
+            checkpoint.load_weights(
+                cfg.init, T2MIR(cfg.model())
+            )  # refused now rather than after collecting
         chief = distributed.rank() == 0
         if chief:
-            print(f"preset {cfg.preset} on {device}, {torch.get_num_threads()} threads, run in {folder}")
+            print(
+                f"preset {cfg.preset} on {device}, {torch.get_num_threads()} threads, run in {folder}"
+            )
             changes = differences(cfg)
-            print("departs from the paper preset in " + ("; ".join(changes) if changes else "nothing"))
+            print(
+                "departs from the paper preset in " + ("; ".join(changes) if changes else "nothing")
+            )
             if cfg.data:
                 load_dataset(cfg.data, cfg.env)  # refused by one process, before the others read it
             else:

@@ -1,5 +1,5 @@
 """Fixtures shared by the tests: two tiny DarkRoom datasets (8 training and 4 held-out goals) and one of Point-Robot
-(5 and 2), whose experts have 16 hidden units and 400 steps.
+(5 and 2), whose teachers have 16 hidden units and 400 steps.
 """
 
 import json
@@ -43,15 +43,15 @@ def explore_folder(explore_config):
 def point_config(tmp_path_factory):
     """Settings of the tiny dataset of Point-Robot: ten checkpoints of each task, of groups of 3, 3 and 1 tasks."""
     return CollectConfig(
-        env="point-robot", episodes=23, queries=40, train_tasks=5, test_tasks=2, expert_steps=400,
-        expert_save_every=40, expert_warmup=40, expert_hidden=16, expert_batch=32, expert_lr=3e-3, expert_alpha=0.02,
-        expert_group=3, workers=1, folder=str(tmp_path_factory.mktemp("point")),
+        env="point-robot", episodes=23, queries=40, train_tasks=5, test_tasks=2, teacher_steps=400,
+        teacher_save_every=40, teacher_warmup=40, teacher_hidden=16, teacher_batch=32, teacher_lr=3e-3, teacher_alpha=0.02,
+        teacher_group=3, workers=1, folder=str(tmp_path_factory.mktemp("point")),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def point_folder(point_config):
-    """Tests only read it, and the experts beside it."""
+    """Tests only read it, and the teachers beside it."""
     with at_home():
         return collect(point_config, quiet=True)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import command, contents, differing, rows, run, start, tensors, trainer, untimed
 
-import checkpoint
 import train
+from support import checkpoint
 
 LONG = {"steps": 40, "checkpoint_every": 5}  # long enough to be caught at work
 FILE = checkpoint.FILE
@@ -70,9 +70,15 @@ def caught(argv, folder, number):
 
 
 def test_sigterm_ends_a_run_that_continues_bit_for_bit(fit, whole, tiny_config, tmp_path):
-    code, out, err = caught(command(tiny_config, tmp_path / "run", **LONG), tmp_path / "run", signal.SIGTERM)
+    code, out, err = caught(
+        command(tiny_config, tmp_path / "run", **LONG), tmp_path / "run", signal.SIGTERM
+    )
     done = len(rows(tmp_path / "run"))
-    assert code == 128 + signal.SIGTERM and f"stopped at step {done} of 40" in out and "--resume" in out
+    assert (
+        code == 128 + signal.SIGTERM
+        and f"stopped at step {done} of 40" in out
+        and "--resume" in out
+    )
     assert "Traceback" not in err and checkpoint.read(tmp_path / "run")[1]["step"] == str(done)
     fit(tmp_path / "run", resume=True, **LONG)
     assert differing(tmp_path / "run", whole("dpt")) == []
@@ -123,7 +129,10 @@ def test_ctrl_c_finishes_the_step_in_hand(fit, whole, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         in_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
         fit(tmp_path / "run", "ad", **LONG)
-    assert end.value.code == 128 + signal.SIGINT and "stopped at step 8 of 40" in capsys.readouterr().out
+    assert (
+        end.value.code == 128 + signal.SIGINT
+        and "stopped at step 8 of 40" in capsys.readouterr().out
+    )
     assert signal.getsignal(signal.SIGINT) is handler
     fit(tmp_path / "run", "ad", resume=True, **LONG)
     assert differing(tmp_path / "run", whole("ad")) == []
@@ -158,11 +167,14 @@ def test_init_starts_from_the_weights_of_another_run(fit, few, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         in_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         fit(tmp_path / "run", **settings)
-    assert differing(fit(tmp_path / "run", resume=True, **settings), want) == []  # it does not start over
+    assert (
+        differing(fit(tmp_path / "run", resume=True, **settings), want) == []
+    )  # it does not start over
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"init": "nowhere"}, "nowhere"), ({"width": 8}, "fit"), ({"layers": 1}, "fit")]
+    ("changes", "named"),
+    [({"init": "nowhere"}, "nowhere"), ({"width": 8}, "fit"), ({"layers": 1}, "fit")],
 )
 def test_init_refuses_weights_that_do_not_fit(fit, few, tmp_path, changes, named):
     with pytest.raises(SystemExit, match=named) as end:
@@ -188,7 +200,11 @@ def test_a_second_run_never_writes_into_the_first(fit, few, changes):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"lr": 0.002}, "lr 0.001 -> 0.002"), ({"seed": 3}, "seed 0 -> 3"), ({"momentum": 0.5}, "momentum 0.9 -> 0.5")],
+    [
+        ({"lr": 0.002}, "lr 0.001 -> 0.002"),
+        ({"seed": 3}, "seed 0 -> 3"),
+        ({"momentum": 0.5}, "momentum 0.9 -> 0.5"),
+    ],
 )
 def test_resume_names_the_setting_that_differs(fit, few, changes, message):
     refused(fit, few, message, resume=True, **changes)
@@ -217,7 +233,10 @@ DAMAGE = {
     "garbage": (lambda f: (f / FILE).write_bytes(bytes(range(256)) * 40), FILE),
     "missing": (lambda f: (f / FILE).unlink(), FILE),
     "foreign": (lambda f: save_file({"w": torch.zeros(2)}, f / FILE), FILE),
-    "of another model": (lambda f: save_file({"model.w": torch.zeros(2)}, f / FILE, {"t2mir": "1"}), FILE),
+    "of another model": (
+        lambda f: save_file({"model.w": torch.zeros(2)}, f / FILE, {"t2mir": "1"}),
+        FILE,
+    ),
     "config truncated": (lambda f: cut(f / "config.json"), "config.json"),
     "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
@@ -247,7 +266,12 @@ def test_damaged_files_are_named_in_one_line(copy, how, monkeypatch, capsys):
 
 
 def test_tasks_of_a_run_are_checked(copy):
-    for split in (None, {}, {"train": [[0, 0]], "test": []}, {"train": [[0, 0]], "test": [[10, 0]]}):
+    for split in (
+        None,
+        {},
+        {"train": [[0, 0]], "test": []},
+        {"train": [[0, 0]], "test": [[10, 0]]},
+    ):
         change(copy, task_split=split)
         with pytest.raises(ValueError, match=r"names no tasks|goal"):
             checkpoint.read_tasks(copy)
@@ -255,14 +279,17 @@ def test_tasks_of_a_run_are_checked(copy):
 
 def test_references_of_a_run_are_those_of_its_split(copy):
     """Of datasets that know none, or of a file that was changed by hand: none."""
-    known = {"random": [0.5], "expert": [80.0]}
+    known = {"random": [0.5], "teacher": [80.0]}
     split = checkpoint.read_config(copy)["task_split"]
     assert checkpoint.read_reference(copy, "test") is None  # DarkRoom's optimum is known
     for reference in (None, [], [1], {"train": known}, {"test": {"random": [0.5]}}, {"test": 3}):
         change(copy, task_split=split | {"reference": reference})
         assert checkpoint.read_reference(copy, "test") is None
     change(copy, task_split=split | {"reference": {"test": known, "train": {}}})
-    assert checkpoint.read_reference(copy, "test") == known and checkpoint.read_reference(copy, "train") is None
+    assert (
+        checkpoint.read_reference(copy, "test") == known
+        and checkpoint.read_reference(copy, "train") is None
+    )
 
 
 def test_a_failed_write_leaves_the_checkpoint_before_it(fit, few, tmp_path, monkeypatch):

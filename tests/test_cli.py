@@ -20,8 +20,8 @@ import config
 import evaluate
 from collect import CollectConfig
 from config import Config, differences, parse, parse_collect
-from envs import SPECS, get_spec
-from experts import PAPER
+from envs import FAMILIES, get_family
+from teachers.teachers import PAPER
 
 BUDGET = ("layers", "heads", "width", "ff", "token_hidden", "task_hidden", "token_experts", "task_experts", "steps",
           "batch", "prompt_length", "episodes", "eval_every", "checkpoint_every", "device", "threads")  # fmt: skip
@@ -56,7 +56,9 @@ def readme_commands() -> list[list[str]]:
 
 def readme_files() -> dict[str, str]:
     """The python blocks of README.md that begin with a file's name."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     named = {re.match(r'"""(\w+\.py):', block): block for block in blocks}
     return {found[1]: block for found, block in named.items() if found}
 
@@ -66,18 +68,24 @@ def budget(script, argv, tiny_config) -> list[str]:
     env = argv[argv.index("--env") + 1] if "--env" in argv else "darkroom"
     if script == "evaluate.py":
         return ["--episodes", "1"]
-    if script == "bench.py":
+    if script == "tools/bench.py":
         return ["--only", "dispatch-sorted", "--threads", "1"]
     if script not in ("train.py", "collect.py"):
         return []
-    data, spec = replace(tiny_config, folder="datasets"), get_spec(env)
+    data, spec = replace(tiny_config, folder="datasets"), get_family(env)
     if env != "darkroom":
-        expert = {"expert_steps": 2 * spec.horizon, "expert_save_every": spec.horizon, "expert_batch": 8}
-        if spec.expert == "sac":
-            expert |= {"expert_warmup": spec.horizon, "expert_hidden": 8}
+        expert = {
+            "teacher_steps": 2 * spec.horizon,
+            "teacher_save_every": spec.horizon,
+            "teacher_batch": 8,
+        }
+        if spec.teacher == "sac":
+            expert |= {"teacher_warmup": spec.horizon, "teacher_hidden": 8}
         data = replace(data, env=env, tasks=None, train_tasks=2, test_tasks=1, **expert)
     if script == "collect.py":
-        names = {k: v for k, v in vars(data).items() if k not in ("env", "quality", "recipe", "cluster")}
+        names = {
+            k: v for k, v in vars(data).items() if k not in ("env", "quality", "recipe", "cluster")
+        }
         return flags(names | {"episodes": 5, "queries": 5})
     return flags({k: SETTINGS[k] for k in BUDGET} | dataset(data) | {"prompt_length": spec.horizon})
 
@@ -85,7 +93,9 @@ def budget(script, argv, tiny_config) -> list[str]:
 def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
     """In their order and in one folder, so that what is evaluated is what was trained; only budgets are smaller."""
     commands = readme_commands()
-    assert {"train.py", "evaluate.py", "collect.py", "bench.py"} <= {words[0] for words in commands}
+    assert {"train.py", "evaluate.py", "collect.py", "tools/bench.py"} <= {
+        words[0] for words in commands
+    }
     for name, text in readme_files().items():
         (here / name).write_text(text)
     monkeypatch.syspath_prepend(str(here))
@@ -99,7 +109,10 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
     with open(here / "runs" / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == ran.count("train.py") + ran.count("evaluate.py")
-    assert all(row["command"].startswith("python ") and row["steps"] == str(SETTINGS["steps"]) for row in rows)
+    assert all(
+        row["command"].startswith("python ") and row["steps"] == str(SETTINGS["steps"])
+        for row in rows
+    )
     assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == ran.count("train.py")
     assert list(here.glob("datasets/*/meta.json")) and list(here.glob("results/bench.json"))
 
@@ -109,7 +122,10 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
     [
         ("train.py", [f.name for f in fields(Config)]),
         ("collect.py", [f.name for f in fields(CollectConfig)]),
-        ("evaluate.py", [name for name in inspect.signature(evaluate.main).parameters if name != "folder"]),
+        (
+            "evaluate.py",
+            [name for name in inspect.signature(evaluate.main).parameters if name != "folder"],
+        ),
     ],
 )
 def test_help_lists_every_flag(script, names, monkeypatch, capsys):
@@ -130,13 +146,29 @@ def test_auto_is_paper_with_cuda_and_cpu_without(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "prompt_length", "task_experts", "w_contrastive"), [("ad", 400, 12, 0.01), ("dpt", 100, 8, 0.001)]
+    ("backbone", "prompt_length", "task_experts", "w_contrastive"),
+    [("ad", 400, 12, 0.01), ("dpt", 100, 8, 0.001)],
 )
 def test_the_paper_preset_is_tables_4_and_5(backbone, prompt_length, task_experts, w_contrastive):
     cfg = parse(["--preset", "paper", "--backbone", backbone])
-    assert (cfg.prompt_length, cfg.task_experts, cfg.w_contrastive) == (prompt_length, task_experts, w_contrastive)
-    assert (cfg.steps, cfg.lr, cfg.token_experts, cfg.moe_position, cfg.momentum) == (300_000, 3e-4, 6, "top", 0.995)
-    assert (cfg.moe, cfg.routing, cfg.query_position, cfg.quality) == ("both", "sequence", "first", "mixed")
+    assert (cfg.prompt_length, cfg.task_experts, cfg.w_contrastive) == (
+        prompt_length,
+        task_experts,
+        w_contrastive,
+    )
+    assert (cfg.steps, cfg.lr, cfg.token_experts, cfg.moe_position, cfg.momentum) == (
+        300_000,
+        3e-4,
+        6,
+        "top",
+        0.995,
+    )
+    assert (cfg.moe, cfg.routing, cfg.query_position, cfg.quality) == (
+        "both",
+        "sequence",
+        "first",
+        "mixed",
+    )
 
 
 @pytest.mark.parametrize("backbone", ["ad", "dpt"])
@@ -153,38 +185,50 @@ def test_flags_override_presets_and_are_listed_as_departures(backbone):
     assert any(line.startswith("steps: 300000 -> ") for line in differences(cpu))
 
 
-@pytest.mark.parametrize("env", SPECS)
+@pytest.mark.parametrize("env", FAMILIES)
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
 def test_presets_of_every_family(env, preset):
     """Both backbones' are possible, and collect.py has the same data but for what is a backbone's own."""
     data = parse_collect(["--env", env, "--preset", preset])
-    assert data.env == env and (data.quality, data.recipe, data.folder) == ("mixed", "paper", "datasets")
+    assert data.env == env and (data.quality, data.recipe, data.folder) == (
+        "mixed",
+        "paper",
+        "datasets",
+    )
     if preset == "paper":
         train, test = data.split()
-        assert (len(train), len(test)) == (SPECS[env].train_tasks, SPECS[env].test_tasks)
+        assert (len(train), len(test)) == (get_family(env).train_tasks, get_family(env).test_tasks)
         experts = data.experts()
-        assert (experts is None) == (env == "darkroom") and (experts is None or experts.algorithm() == PAPER[env])
+        assert (experts is None) == (env == "darkroom") and (
+            experts is None or experts.algorithm() == PAPER[env]
+        )
     own = {"recipe"} if preset == "cpu" else set()
     for backbone in ("ad", "dpt"):
         cfg = parse(["--env", env, "--preset", preset, "--backbone", backbone])
         trained = vars(cfg.collect())
         differ = {name for name, value in vars(data).items() if trained[name] != value}
         assert differ <= (own | {"episodes"} if env == "darkroom" else own)
-        assert cfg.data_episodes >= cfg.prompt_length // SPECS[env].horizon
+        assert cfg.data_episodes >= cfg.prompt_length // get_family(env).horizon
         assert preset == "cpu" or differences(cfg) == []
 
 
 def test_data_of_the_presets():
     """App. D.2's numbers, or what two cores can do; flags win, and `auto` depends on CUDA."""
-    paper, cpu = (parse_collect(["--env", "point-robot", "--preset", preset]) for preset in ("paper", "cpu"))
-    assert (paper.episodes, paper.expert_steps, paper.train_tasks) == (100, 0, 0)
-    assert {k: v for k, v in vars(cpu).items() if vars(CollectConfig(env="point-robot"))[k] != v} == {
+    paper, cpu = (
+        parse_collect(["--env", "point-robot", "--preset", preset]) for preset in ("paper", "cpu")
+    )
+    assert (paper.episodes, paper.teacher_steps, paper.train_tasks) == (100, 0, 0)
+    assert {
+        k: v for k, v in vars(cpu).items() if vars(CollectConfig(env="point-robot"))[k] != v
+    } == {
         {"data_episodes": "episodes", "data_queries": "queries"}.get(k, k): v
         for k, v in config.CPU_DATA["point-robot"].items()
     }
-    assert cpu.expert_steps > 0 and cpu.experts().algorithm().steps == cpu.expert_steps
-    given = parse_collect(["--env", "point-robot", "--preset", "cpu", "--expert-steps", "400", "--quality", "medium"])
-    assert given == replace(cpu, expert_steps=400, quality="medium")
+    assert cpu.teacher_steps > 0 and cpu.experts().algorithm().steps == cpu.teacher_steps
+    given = parse_collect(
+        ["--env", "point-robot", "--preset", "cpu", "--teacher-steps", "400", "--quality", "medium"]
+    )
+    assert given == replace(cpu, teacher_steps=400, quality="medium")
     assert parse_collect(["--preset", "paper"]) == CollectConfig()
 
 
@@ -193,7 +237,9 @@ def test_auto_collects_by_the_machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         for argv in (["--env", "reach"], ["--env=reach", "--preset", "auto"]):
             assert parse_collect(argv) == parse_collect(["--env", "reach", "--preset", want])
-    assert parse_collect(["--env", "reach"]) != parse_collect(["--env", "reach", "--preset", "paper"])
+    assert parse_collect(["--env", "reach"]) != parse_collect(
+        ["--env", "reach", "--preset", "paper"]
+    )
 
 
 # ---------------------------------------------------------------------------------------- wrong input
@@ -224,9 +270,9 @@ WRONG = {
     "--short 0.8 --empty 0.3": "--short",
     "--episodes 0": "--episodes",
     "--data-queries 0": "--queries",
-    "--expert-steps 100": "darkroom's expert is a rule",
+    "--teacher-steps 100": "darkroom's expert is a rule",
     "--data nowhere": "no dataset in nowhere",
-    "--env point-robot --expert-save-every 30": "--expert-save-every 30",
+    "--env point-robot --teacher-save-every 30": "--teacher-save-every 30",
     "--env cheetah-vel": "--prompt-length 100",
     "--workers=-1": "--workers",
 }
@@ -255,10 +301,14 @@ def test_train_refuses_what_cannot_be(tiny_config, here, wrong, monkeypatch, cap
         (["RUN", "--device", "toaster", "--results", "results"], "toaster"),
     ],
 )
-def test_evaluate_refuses_what_cannot_be(trained, paper_folder, here, argv, named, monkeypatch, capsys):
+def test_evaluate_refuses_what_cannot_be(
+    trained, paper_folder, here, argv, named, monkeypatch, capsys
+):
     places = {"RUN": str(trained), "DATASET": str(paper_folder)}
     before = sorted(trained.iterdir())
-    refused("evaluate.py", [places.get(word, word) for word in argv], named, here, monkeypatch, capsys)
+    refused(
+        "evaluate.py", [places.get(word, word) for word in argv], named, here, monkeypatch, capsys
+    )
     assert sorted(trained.iterdir()) == before
 
 
@@ -269,19 +319,23 @@ def test_evaluate_refuses_what_cannot_be(trained, paper_folder, here, argv, name
         ("collect.py", ["--episodes", "0"], "--episodes"),
         ("collect.py", ["--tasks", "missing.json"], "missing.json"),
         ("collect.py", ["--preset", "tpu"], "tpu"),
-        ("collect.py", ["--expert-steps", "100"], "darkroom's expert is a rule"),
-        ("collect.py", ["--env", "point-robot", "--expert-save-every", "30"], "--expert-save-every 30"),
-        ("collect.py", ["--env", "reach", "--expert-hidden", "64"], "--expert-hidden"),
-        ("collect.py", ["--env", "push", "--expert-device", "cuda"], "cuda"),
+        ("collect.py", ["--teacher-steps", "100"], "darkroom's expert is a rule"),
+        (
+            "collect.py",
+            ["--env", "point-robot", "--teacher-save-every", "30"],
+            "--teacher-save-every 30",
+        ),
+        ("collect.py", ["--env", "reach", "--teacher-hidden", "64"], "--teacher-hidden"),
+        ("collect.py", ["--env", "push", "--teacher-device", "cuda"], "cuda"),
         ("collect.py", ["--env", "missing.py"], "missing.py"),
-        ("bench.py", ["--only", "nope"], "nope"),
+        ("tools/bench.py", ["--only", "nope"], "nope"),
     ],
 )
 def test_collect_and_bench_refuse_what_cannot_be(here, script, argv, named, monkeypatch, capsys):
     refused(script, argv, named, here, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py", "tools/bench.py"])
 def test_unknown_flags_are_named(script, here, monkeypatch, capsys):
     folder = ["runs/one"] if script == "evaluate.py" else []
     ended = run(script, [*folder, "--learning-speed", "3"], monkeypatch, capsys)
@@ -293,5 +347,7 @@ def test_an_error_as_a_shell_sees_it(tmp_path):
     line = [sys.executable, str(ROOT / "train.py"), "--env", "nope"]
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1 and ended.stdout == "" and list(tmp_path.iterdir()) == []
-    known = ", ".join(sorted(SPECS))
-    assert ended.stderr == f"error: unknown environment 'nope': choose one of {known}, or a .py file\n"
+    known = ", ".join(sorted(FAMILIES))
+    assert (
+        ended.stderr == f"error: unknown environment 'nope': choose one of {known}, or a .py file\n"
+    )

@@ -1,6 +1,6 @@
 """Collection of a dataset (paper App. D.2) from DarkRoom's rule: same bytes however it was stopped, damage named.
 
-Families with trained experts: test_experts.py.
+Families with trained teachers: test_experts.py.
 Run: pytest tests/test_collect.py
 """
 
@@ -16,8 +16,8 @@ import collect as module
 from collect import CollectConfig, collect, dataset_folder
 from data import file_hash, load_dataset
 from envs import split_tasks
-from files import only_writer
-from rooms import BatchedDarkRoom
+from families.rooms import BatchedDarkRoom
+from support.files import only_writer
 
 SAVE = module.save_arrays
 
@@ -87,7 +87,9 @@ def test_stopped_collection_continues_to_the_same_bytes(stopped, paper_folder):
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     collect(cfg, quiet=True)
     assert contents(folder) == contents(paper_folder)
-    assert all(path.stat().st_mtime_ns == when for path, when in written.items())  # not written anew
+    assert all(
+        path.stat().st_mtime_ns == when for path, when in written.items()
+    )  # not written anew
 
 
 def test_explore_continues_to_the_same_bytes(explore_config, explore_folder, tmp_path):
@@ -117,7 +119,10 @@ def test_interrupted_write_leaves_no_part(tiny_config, tmp_path, monkeypatch):
         patch.setattr(np, "savez_compressed", half)
         with pytest.raises(KeyboardInterrupt):
             collect(cfg, quiet=True)
-    assert not list(dataset_folder(cfg).glob("task-*")) and not (dataset_folder(cfg) / "meta.json").exists()
+    assert (
+        not list(dataset_folder(cfg).glob("task-*"))
+        and not (dataset_folder(cfg) / "meta.json").exists()
+    )
     assert load_dataset(collect(cfg, quiet=True)).tasks == 8
 
 

@@ -8,8 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from collect_darkroom import SHARES, choose_walks, collect_darkroom_task, explore_pool, noise_levels, walk
-from rooms import BatchedDarkRoom, darkroom_expert, darkroom_noisy_return, darkroom_optimum
+from families.collect_darkroom import (
+    SHARES,
+    choose_walks,
+    collect_darkroom_task,
+    explore_pool,
+    noise_levels,
+    walk,
+)
+from families.rooms import BatchedDarkRoom, darkroom_expert, darkroom_noisy_return, darkroom_optimum
 
 CELLS = np.array([[x, y] for x in range(10) for y in range(10)])
 
@@ -20,7 +27,9 @@ def shares(levels, goal):
     return darkroom_noisy_return([goal], levels)[0] / darkroom_optimum([goal])[0]
 
 
-@pytest.mark.parametrize(("quality", "level"), [("mixed", 1.0), ("medium-expert", 0.8), ("medium", 0.5)])
+@pytest.mark.parametrize(
+    ("quality", "level"), [("mixed", 1.0), ("medium-expert", 0.8), ("medium", 0.5)]
+)
 def test_noise_falls_to_the_level_of_the_quality(quality, level):
     for goal in CELLS[::7]:
         eps = noise_levels(goal, quality, 20)
@@ -73,7 +82,10 @@ def pool():
 
 def test_explore_pool_is_of_walks_that_obey_the_room(pool):
     """Every walk starts in the corner and steps as the room does; `entered` lists the cells of its steps."""
-    assert pool.states.shape == pool.after.shape == (4000, 100, 2) and pool.actions.shape == (4000, 100)
+    assert pool.states.shape == pool.after.shape == (4000, 100, 2) and pool.actions.shape == (
+        4000,
+        100,
+    )
     env = BatchedDarkRoom(np.zeros((4000, 2)))
     cells, entered = env.reset(), np.zeros((4000, 10, 10), bool)
     for t in range(100):
@@ -106,7 +118,9 @@ def test_explore_walks_cross_the_goal_as_often_as_asked_and_by_chance(pool, shar
         for kind in (0, 1):
             chance = crosses[2000 * kind : 2000 * (kind + 1)].mean()
             error = 0.5 / np.sqrt(2000)
-            assert crosses[pick[kind]].mean() == pytest.approx(share + (1 - share) * chance, abs=4 * error)
+            assert crosses[pick[kind]].mean() == pytest.approx(
+                share + (1 - share) * chance, abs=4 * error
+            )
             if chance or not share:  # a kind that never crosses this goal borrows from the other
                 assert (pick[kind] // 2000 == kind).all()
 
@@ -118,7 +132,9 @@ def test_explore_dataset_has_all_three_kinds(tiny_config):
     part = collect_darkroom_task(cfg, 0, goal, pool)
     returns = part["rewards"].sum(-1)
     own, crossing = SHARES["explore"]
-    assert own + (1 - own) * crossing - 0.08 < (returns > 0).mean() < 0.95  # some more cross it by chance
+    assert (
+        own + (1 - own) * crossing - 0.08 < (returns > 0).mean() < 0.95
+    )  # some more cross it by chance
     assert own <= (returns > 0.8 * darkroom_optimum([goal])[0]).mean() < own + 0.1
     half = (returns[:250] > 0).mean() - (returns[250:] > 0).mean()
     assert abs(half) < 0.2  # the kinds are shuffled
@@ -144,7 +160,9 @@ def goal_given_away(walks_of):
         distance = abs(after[:, -1:] - CELLS).sum(-1)  # (M, 100)
         nearer.append((uniform * distance).sum(1) - distance[:, index])
     nearer = np.concatenate(nearer)
-    return ((counts - expected) ** 2 / expected).sum(), nearer.mean() / nearer.std() * np.sqrt(len(nearer))
+    return ((counts - expected) ** 2 / expected).sum(), nearer.mean() / nearer.std() * np.sqrt(
+        len(nearer)
+    )
 
 
 def test_explore_walks_without_reward_say_nothing_else_of_the_goal(pool):

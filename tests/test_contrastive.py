@@ -39,7 +39,9 @@ def slow_info_nce(query, key, w, task):
         for j in range(len(task)):
             if j == i:
                 continue
-            score = sum(query[i, a] * w[a, b] * key[j, b] for a in range(len(w)) for b in range(len(w)))
+            score = sum(
+                query[i, a] * w[a, b] * key[j, b] for a in range(len(w)) for b in range(len(w))
+            )
             if task[j] == task[i]:
                 above = above + score.exp()
             else:
@@ -117,7 +119,9 @@ def test_eq7_ignores_a_constant_added_to_scores():
     task, one = torch.tensor([0, 1, 0, 1, 0, 2]), torch.ones(6, 1)
     shifted = torch.block_diag(w, torch.tensor([[5.0]]))  # z_i W z_j + 5
     want = eq7_info_nce(query, key, w, task)
-    assert_close(eq7_info_nce(torch.cat([query, one], 1), torch.cat([key, one], 1), shifted, task), want)
+    assert_close(
+        eq7_info_nce(torch.cat([query, one], 1), torch.cat([key, one], 1), shifted, task), want
+    )
 
 
 def test_eq7_huge_scores_stay_finite():
@@ -222,7 +226,9 @@ def test_eq5_by_hand():
     assert symmetric_channel_information(2, 0.25) == pytest.approx(0.75 * math.log(3) - math.log(2))
     assert symmetric_channel_information(7, 0.0) == pytest.approx(math.log(7))  # z names the task
     assert symmetric_channel_information(4, 0.75) == pytest.approx(0, abs=1e-12)  # z is pure chance
-    assert symmetric_channel_information(3, 1.0) == pytest.approx(math.log(3 / 2))  # z excludes one task
+    assert symmetric_channel_information(3, 1.0) == pytest.approx(
+        math.log(3 / 2)
+    )  # z excludes one task
 
 
 @pytest.mark.parametrize(("n", "error"), [(2, 0.1), (3, 0.4), (5, 0.9)])
@@ -236,7 +242,10 @@ def test_eq5_matches_sum_over_the_joint_distribution(n, error):
 
 def test_eq6_by_hand():
     # n = N = 2, e = 3/2 for z = M, else 1/2. The other task is M itself or not, half of the time each.
-    total = 0.75 * (math.log(1 / 2) + math.log(3 / 4)) / 2 + 0.25 * (math.log(1 / 4) + math.log(1 / 2)) / 2
+    total = (
+        0.75 * (math.log(1 / 2) + math.log(3 / 4)) / 2
+        + 0.25 * (math.log(1 / 4) + math.log(1 / 2)) / 2
+    )
     assert eq6_bound(2, 0.25, 2) == pytest.approx(math.log(2) + total)
 
 

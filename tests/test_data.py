@@ -25,7 +25,7 @@ from data import (
     sample_dpt,
     subset,
 )
-from rooms import darkroom_expert
+from families.rooms import darkroom_expert
 
 N, E, T, Q = 8, 10, 100, 50  # of the tiny datasets
 
@@ -39,7 +39,11 @@ def coded(paper_data):
     """The tiny dataset with readable contents: every state is (task, episode), query m is divmod(m, 10)."""
     task, episode = torch.meshgrid(torch.arange(N), torch.arange(E), indexing="ij")
     states = torch.stack([task, episode], -1)[:, :, None].expand(N, E, T, 2).to(torch.uint8)
-    queries = torch.stack([torch.arange(Q) // 10, torch.arange(Q) % 10], -1).expand(N, Q, 2).to(torch.uint8)
+    queries = (
+        torch.stack([torch.arange(Q) // 10, torch.arange(Q) % 10], -1)
+        .expand(N, Q, 2)
+        .to(torch.uint8)
+    )
     return replace(paper_data, states=states, query_states=queries)
 
 
@@ -66,7 +70,10 @@ def check_contents(data, batch, task, episode):
 def test_loaded_arrays_are_the_stored_ones(recipe, request):
     folder, data = (request.getfixturevalue(f"{recipe}_{what}") for what in ("folder", "data"))
     assert (data.tasks, data.episodes, data.spec.name) == (N, E, "darkroom")
-    assert data.meta == json.loads((folder / "meta.json").read_text()) and data.meta["recipe"] == recipe
+    assert (
+        data.meta == json.loads((folder / "meta.json").read_text())
+        and data.meta["recipe"] == recipe
+    )
     shapes = {
         "states": (N, E, T, 2),
         "actions": (N, E, T),
@@ -80,7 +87,10 @@ def test_loaded_arrays_are_the_stored_ones(recipe, request):
             with np.load(folder / f"task-{i:03d}.npz") as part:
                 np.testing.assert_array_equal(getattr(data, name)[i], part[name])
     assert data.rewards.dtype == data.returns.dtype == torch.float32
-    assert data.state_mean.tolist() == [0, 0] and data.state_std.tolist() == [1, 1]  # grids stay as they are
+    assert data.state_mean.tolist() == [0, 0] and data.state_std.tolist() == [
+        1,
+        1,
+    ]  # grids stay as they are
 
 
 def test_order_is_ascending_by_return_and_ties_keep_their_place(paper_data):
@@ -96,7 +106,15 @@ def test_order_is_ascending_by_return_and_ties_keep_their_place(paper_data):
 def test_subset_keeps_the_chosen_tasks(paper_data):
     few = subset(paper_data, slice(2, 5))
     assert few.tasks == 3 and few.episodes == E
-    for name in ("states", "actions", "rewards", "query_states", "query_actions", "returns", "order"):
+    for name in (
+        "states",
+        "actions",
+        "rewards",
+        "query_states",
+        "query_actions",
+        "returns",
+        "order",
+    ):
         assert torch.equal(getattr(few, name), getattr(paper_data, name)[2:5])
 
 
@@ -105,7 +123,9 @@ def test_ad_prompts_are_whole_episodes_ascending_by_return(coded):
     batch = sample_ad(coded, batch=16, episodes=4, draws=2, rng=generator())
     assert batch.prompt.states.shape == (16, 4 * T, 2) and batch.prompt.steps == 4 * T
     assert batch.prompt.actions.shape == batch.prompt.rewards.shape == (16, 4 * T)
-    assert batch.prompt.states.dtype == batch.prompt.actions.dtype == batch.task.dtype == torch.int64
+    assert (
+        batch.prompt.states.dtype == batch.prompt.actions.dtype == batch.task.dtype == torch.int64
+    )
     assert batch.prompt.rewards.dtype == torch.float32
     task, episode = episodes_of(batch)
     check_contents(coded, batch, task, episode)
@@ -167,7 +187,9 @@ def test_a_generator_determines_the_batch(coded, sample):
     first, again, other = (sample(coded, 8, 3, 1, generator(seed)) for seed in (5, 5, 6))
     for name in ("states", "actions", "rewards"):
         assert torch.equal(getattr(first.prompt, name), getattr(again.prompt, name))
-    assert torch.equal(first.task, again.task) and not torch.equal(first.prompt.states, other.prompt.states)
+    assert torch.equal(first.task, again.task) and not torch.equal(
+        first.prompt.states, other.prompt.states
+    )
     if sample is sample_dpt:
         assert torch.equal(first.query_states, again.query_states)
         assert torch.equal(first.visible, again.visible)
@@ -209,7 +231,9 @@ def test_dpt_labels_of_mixed_data_are_the_expert_s(recipe, request):
     assert len(np.unique(labels)) == 5
 
 
-@pytest.mark.parametrize(("short", "empty"), [(0.2, 0.3), (0.5, 0.0), (0.0, 0.4), (0.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("short", "empty"), [(0.2, 0.3), (0.5, 0.0), (0.0, 0.4), (0.0, 0.0), (0.0, 1.0)]
+)
 def test_dpt_shares_of_hidden_prompts(coded, short, empty):
     batch = sample_dpt(coded, 8, 2, 1, generator(), queries=2000, short=short, empty=empty)
     visible, steps, whole = batch.visible.flatten(), 2 * T, 1 - empty - short
@@ -237,7 +261,9 @@ def folder(paper_folder, tmp_path):
 
 def refused(folder, message, env=None):
     """load_dataset fails in one line and leaves every byte as it was."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+    before = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+    )
     with pytest.raises(ValueError, match=message) as error:
         load_dataset(folder, env)
     assert "\n" not in str(error.value)
@@ -345,7 +371,7 @@ def test_flipped_byte_of_a_part(folder, place):
 def test_any_flipped_byte_of_a_part_without_a_known_checksum(folder):
     """As in a collection that was stopped: the archive's own checksums find it, or it is a time stamp's."""
     path, meta, named = folder / "task-003.npz", read_meta(folder), 0
-    whole, spec = path.read_bytes(), envs.get_spec("darkroom")
+    whole, spec = path.read_bytes(), envs.get_family("darkroom")
     want = load_part(folder, 3, meta, spec)
     places = range(0, len(whole), 7)
     for place in places:
@@ -426,8 +452,10 @@ def test_normalise():
 @pytest.fixture
 def continuous(tmp_path, monkeypatch):
     """A family with 3 continuous state numbers and 2 continuous action numbers: 2 tasks of 4 episodes."""
-    spec = envs.EnvSpec("slide", 25, 3, None, 2, False, 2, 1, task_numbers=1, gym_id="", expert="sac")
-    monkeypatch.setitem(envs.SPECS, "slide", spec)
+    spec = envs.Family(
+        "slide", 25, 3, None, 2, False, 2, 1, task_numbers=1, gym_id="", expert="sac"
+    )
+    monkeypatch.setitem(envs.FAMILIES, "slide", spec)
     rng, hashes = np.random.default_rng(0), []
     for task in range(2):
         path = tmp_path / f"task-{task:03d}.npz"
@@ -458,7 +486,9 @@ def test_continuous_actions_and_queries_keep_their_axis(continuous):
     batch = sample_dpt(continuous, batch=2, episodes=1, draws=1, rng=generator(), queries=7)
     assert batch.prompt.actions.shape == (2, 25, 2) and batch.query_actions.shape == (2, 7, 2)
     assert batch.prompt.actions.dtype == batch.query_actions.dtype == torch.float32
-    stored = (continuous.query_states[batch.task] - continuous.state_mean) / continuous.state_std  # (2, 6, 3)
+    stored = (
+        continuous.query_states[batch.task] - continuous.state_mean
+    ) / continuous.state_std  # (2, 6, 3)
     match = (batch.query_states[:, :, None] == stored[:, None]).all(-1)  # (2, 7, 6)
     assert (match.sum(-1) == 1).all()  # normalised like the prompt
     labels = continuous.query_actions[batch.task[:, None], match.long().argmax(-1)]

@@ -18,9 +18,9 @@ from collect import CollectConfig
 from config import Config
 from envs import (
     CLUSTERS,
-    SPECS,
+    FAMILIES,
     check_tasks,
-    get_spec,
+    get_family,
     make_batch,
     make_env,
     optimal_returns,
@@ -29,7 +29,7 @@ from envs import (
     split_tasks,
     task_limits,
 )
-from rooms import (
+from families.rooms import (
     BatchedDarkRoom,
     BatchedPointRobot,
     PointRobot,
@@ -68,7 +68,7 @@ def test_episode_is_truncated_after_100_steps_and_never_terminated():
     env.reset(seed=0)
     ends = [env.step(RIGHT)[2:4] for _ in range(100)]
     assert ends == [(False, False)] * 99 + [(False, True)]
-    assert get_spec("darkroom").horizon == 100
+    assert get_family("darkroom").horizon == 100
 
 
 def test_batched_room_equals_single_rooms_for_every_goal():
@@ -106,7 +106,9 @@ def test_rules_by_hand():
 def test_goal_in_the_corner_pays_from_the_first_step():
     assert BatchedDarkRoom([[0, 0]]).step(np.array([STAY]))[1] == [1]
     assert play([[0, 0]], lambda cells, goals: np.array([STAY])) == [100]
-    assert play([[1, 0]], lambda cells, goals: np.array([RIGHT if cells[0, 0] == 0 else STAY])) == [100]
+    assert play([[1, 0]], lambda cells, goals: np.array([RIGHT if cells[0, 0] == 0 else STAY])) == [
+        100
+    ]
 
 
 def test_stepping_does_not_change_cells_that_were_handed_out():
@@ -154,7 +156,9 @@ def test_noisy_return_at_its_ends():
     np.testing.assert_allclose(curve[:, 0], darkroom_optimum(CELLS))
     np.testing.assert_allclose(curve[:, 4], random_returns("darkroom", CELLS))
     assert (np.diff(curve, axis=1) < 0).all()  # more noise never pays
-    assert curve[:, 4].sum() == pytest.approx(100)  # a random walk is in exactly one cell at each step
+    assert curve[:, 4].sum() == pytest.approx(
+        100
+    )  # a random walk is in exactly one cell at each step
 
 
 # -------------------------------------------------------------------------------------- Point-Robot
@@ -183,7 +187,11 @@ def test_point_robot_by_hand():
     env.reset(seed=0)
     env.place = np.zeros(2)
     script = [
-        ([1, 0], [0.1, 0], 0.2**2 + 0.4**2),  # a full action moves by 0.1; the reward is that of the place after it
+        (
+            [1, 0],
+            [0.1, 0],
+            0.2**2 + 0.4**2,
+        ),  # a full action moves by 0.1; the reward is that of the place after it
         ([0.5, -0.25], [0.15, -0.025], 0.15**2 + 0.425**2),
         ([7, 3], [0.25, 0.075], 0.05**2 + 0.325**2),  # clipped, each axis by itself
         ([-np.inf, 1], [0.15, 0.175], 0.15**2 + 0.225**2),
@@ -199,7 +207,11 @@ def test_point_robot_by_hand():
 
 
 def test_batched_points_equal_single_ones():
-    rng, batch, envs = np.random.default_rng(0), make_batch("point-robot", GOALS, 4), [PointRobot(g) for g in GOALS]
+    rng, batch, envs = (
+        np.random.default_rng(0),
+        make_batch("point-robot", GOALS, 4),
+        [PointRobot(g) for g in GOALS],
+    )
     for _ in range(2):
         states = batch.reset()
         for env, place in zip(envs, batch.places, strict=True):
@@ -213,7 +225,11 @@ def test_batched_points_equal_single_ones():
             np.testing.assert_allclose(after, [s[0] for s in steps], rtol=0, atol=1e-6)
             np.testing.assert_allclose(rewards, [s[1] for s in steps], rtol=0, atol=1e-6)
             states = after
-        assert states.dtype == rewards.dtype == np.float32 and rewards.shape == (5,) and batch.success is None
+        assert (
+            states.dtype == rewards.dtype == np.float32
+            and rewards.shape == (5,)
+            and batch.success is None
+        )
 
 
 def test_points_start_anywhere_in_the_square():
@@ -225,7 +241,9 @@ def test_points_start_anywhere_in_the_square():
         assert abs(np.corrcoef(places.T)[0, 1]) < 0.1
     np.testing.assert_array_equal(env.reset(seed=3)[0], singles[3])
     again, other = (BatchedPointRobot([[0.5, 0.5]] * 3, seed).reset() for seed in (1, 2))
-    np.testing.assert_array_equal(again, BatchedPointRobot([[0.1, 0.2]] * 3, 1).reset())  # whatever the goal
+    np.testing.assert_array_equal(
+        again, BatchedPointRobot([[0.1, 0.2]] * 3, 1).reset()
+    )  # whatever the goal
     assert (again != other).all()
 
 
@@ -245,7 +263,9 @@ def test_points_optimum_is_what_the_expert_collects():
     found = point_robot_optimum(GOALS)
     assert (abs(returns.mean(1) - found) < 4 * error + 1e-4).all() and (error < 0.01).all()
     np.testing.assert_array_equal(optimal_returns("point-robot", GOALS), found)
-    assert found.shape == (5,) and (np.diff(found[[2, 4, 0, 1, 3]]) < 0).all()  # nearer goals are worth more
+    assert (
+        found.shape == (5,) and (np.diff(found[[2, 4, 0, 1, 3]]) < 0).all()
+    )  # nearer goals are worth more
     # from the middle: 0.9, 0.8, ... 0.1, 0 and then there; starts to the left and right cost and save the same
     assert point_robot_optimum([[1.0, 0.0]]) == pytest.approx(-4.5, abs=0.05)
 
@@ -255,8 +275,16 @@ def test_points_optimum_is_what_the_expert_collects():
     [
         (lambda best, rng: 0.95 * best, 0.98),
         (lambda best, rng: best + rng.normal(0, 0.1, best.shape), 0.98),
-        (lambda best, rng: best / np.maximum(np.linalg.norm(best, axis=1, keepdims=True), 1), 0.8),  # no axis faster
-        (lambda best, rng: np.where(rng.random(best.shape) < 0.1, rng.uniform(-1, 1, best.shape), best), 0.9),
+        (
+            lambda best, rng: best / np.maximum(np.linalg.norm(best, axis=1, keepdims=True), 1),
+            0.8,
+        ),  # no axis faster
+        (
+            lambda best, rng: np.where(
+                rng.random(best.shape) < 0.1, rng.uniform(-1, 1, best.shape), best
+            ),
+            0.9,
+        ),
         (lambda best, rng: 2 * best, 0.98),  # overshoots
     ],
 )
@@ -270,14 +298,19 @@ def test_nothing_near_the_expert_is_better(worse, share):
 
 
 # ----------------------------------------------------------------------------------------- every family
-needs_metaworld = pytest.mark.skipif(find_spec("metaworld") is None, reason="Meta-World is not installed")
-EVERY = [pytest.param(env, marks=[needs_metaworld] * (SPECS[env].expert == "ppo")) for env in SPECS]
+needs_metaworld = pytest.mark.skipif(
+    find_spec("metaworld") is None, reason="Meta-World is not installed"
+)
+EVERY = [
+    pytest.param(env, marks=[needs_metaworld] * (get_family(env).teacher == "ppo"))
+    for env in FAMILIES
+]
 
 
 @pytest.mark.parametrize("env", EVERY)
 def test_facts_are_those_of_the_environment(env):
     """Both of them: sizes, limits, and that an episode is truncated at the horizon and never terminated."""
-    spec, task = SPECS[env], split_tasks(env)[1][0]
+    spec, task = get_family(env), split_tasks(env)[1][0]
     single, batch = make_env(env, task), make_batch(env, [task] * 3)
     if spec.discrete_actions:
         assert single.action_space.n == spec.action_dim
@@ -290,16 +323,17 @@ def test_facts_are_those_of_the_environment(env):
     assert single.observation_space.shape == single.reset(seed=0)[0].shape == (spec.state_dim,)
     assert states.shape == batch.step(actions)[0].shape == (3, spec.state_dim)
     assert (batch.success is not None) == spec.success
-    assert [single.step(actions[0])[2:4] for _ in range(spec.horizon)] == [(False, False)] * (spec.horizon - 1) + [
-        (False, True)
-    ]
+    assert [single.step(actions[0])[2:4] for _ in range(spec.horizon)] == [(False, False)] * (
+        spec.horizon - 1
+    ) + [(False, True)]
     assert len(task) == spec.task_numbers == len(task_limits(env)[0])
 
 
 def test_facts_are_the_papers():
     """App. D.1: horizon, states, actions, training and held-out tasks."""
     numbers = {
-        env: (s.horizon, s.state_dim, s.action_dim, s.train_tasks, s.test_tasks, s.expert) for env, s in SPECS.items()
+        env: (s.horizon, s.state_dim, s.action_dim, s.train_tasks, s.test_tasks, s.teacher)
+        for env, s in FAMILIES.items()
     }
     assert numbers == {
         "darkroom": (100, 2, 5, 80, 20, "rule"),
@@ -317,7 +351,7 @@ def test_facts_are_the_papers():
     }  # fmt: skip
     for env, values in table_1.items():
         names = [("ad", "both"), ("dpt", "both"), ("ad", "none"), ("dpt", "none")]
-        assert SPECS[env].paper_return == dict(zip(names, values, strict=True))
+        assert get_family(env).paper_return == dict(zip(names, values, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -328,7 +362,9 @@ def test_facts_are_the_papers():
 ])  # fmt: skip
 def test_tasks_are_uniform(env, low, high):
     tasks = sample_tasks(env, 2000, np.random.default_rng(0))
-    assert all(type(v) is float and v == round(v, 4) for task in tasks for v in task)  # plain JSON numbers
+    assert all(
+        type(v) is float and v == round(v, 4) for task in tasks for v in task
+    )  # plain JSON numbers
     tasks, low, high = np.array(tasks), np.array(low), np.array(high)
     assert tasks.shape == (2000, len(low))
     assert (tasks >= low).all() and (tasks <= high).all()
@@ -353,11 +389,15 @@ def test_three_clusters():
 
 @pytest.mark.parametrize("env", EVERY)
 def test_split_of_every_family(env):
-    spec, (train, test) = SPECS[env], split_tasks(env, 3)
+    spec, (train, test) = get_family(env), split_tasks(env, 3)
     assert (len(train), len(test)) == (spec.train_tasks, spec.test_tasks)
     assert check_tasks(env, train + test) == train + test and json.loads(json.dumps(train)) == train
     assert not [task for task in test if task in train]
-    assert split_tasks(env, 3) == (train, test) and split_tasks(env, 4)[0] != train and split_tasks(env, 4)[1] != test
+    assert (
+        split_tasks(env, 3) == (train, test)
+        and split_tasks(env, 4)[0] != train
+        and split_tasks(env, 4)[1] != test
+    )
     for few in (1, 7):  # the training tasks stay when other numbers are held out
         other = split_tasks(env, 3, test=few)
         assert other[0] == train and len(other[1]) == few
@@ -374,7 +414,9 @@ def test_no_task_is_trained_on_and_held_out(seed):
     assert sum(both) == 1
     train, test = split_tasks(env, seed)
     assert train == drawn[0] and not [task for task in test if task in train]
-    assert [one == other for one, other in zip(test, drawn[1], strict=True)] == [not b for b in both]
+    assert [one == other for one, other in zip(test, drawn[1], strict=True)] == [
+        not b for b in both
+    ]
     assert abs(test[both.index(True)][0] - CLUSTERS[both.index(True) % 3]) < 0.75
     assert split_tasks(env, seed) == (train, test)
 
@@ -420,7 +462,9 @@ def test_tasks_in_other_clothes():
     """Numbers instead of lists of one, integers, arrays: plain lists of plain numbers come back."""
     assert check_tasks("cheetah-vel", [1, 2.5, [np.float32(0.5)]]) == [[1.0], [2.5], [0.5]]
     found = check_tasks("point-robot", np.array([[1, 0], [-2, 2]]))
-    assert found == [[1.0, 0.0], [-2.0, 2.0]] and all(type(v) is float for task in found for v in task)
+    assert found == [[1.0, 0.0], [-2.0, 2.0]] and all(
+        type(v) is float for task in found for v in task
+    )
     found = check_tasks("darkroom", np.array([[1, 0]]))
     assert found == [[1, 0]] and all(type(v) is int for task in found for v in task)
 
@@ -428,7 +472,10 @@ def test_tasks_in_other_clothes():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"train": [[0.1, 0.2]], "test": [[0.1]]}', r"a task of point-robot is 2 numbers from .*, not \[0.1\]"),
+        (
+            '{"train": [[0.1, 0.2]], "test": [[0.1]]}',
+            r"a task of point-robot is 2 numbers from .*, not \[0.1\]",
+        ),
         ('{"train": [[0.1, NaN]], "test": [[0.1, 0.3]]}', r"not \[0.1, nan\]"),
         ('{"train": [[0.1, 0.2], [0.1, 0.2]], "test": [[0.1, 0.3]]}', r"names \[0.1, 0.2\] twice"),
         ('{"train": [[0.1, 0.2]], "test": [[0.1, 0.3], [0.1, 0.3]]}', r"names \[0.1, 0.3\] twice"),
@@ -473,7 +520,11 @@ def test_random_returns_are_those_of_uniform_actions():
 
 
 def test_optimum_is_unknown_where_it_is():
-    unknown = [env for env in SPECS if env != "reach" and optimal_returns(env, [[0] * SPECS[env].task_numbers]) is None]
+    unknown = [
+        env
+        for env in FAMILIES
+        if env != "reach" and optimal_returns(env, [[0] * get_family(env).task_numbers]) is None
+    ]
     assert unknown == ["cheetah-vel", "cheetah-vel-3cluster", "walker-param", "push"]
 
 
@@ -526,7 +577,7 @@ def test_bad_goal_is_refused_by_the_environment():
         gym.make("t2mir/DarkRoom-v0", task=[0, 10])
 
 
-@pytest.mark.parametrize("call", [get_spec, split_tasks, lambda env: make_batch(env, [[1, 1]])])
+@pytest.mark.parametrize("call", [get_family, split_tasks, lambda env: make_batch(env, [[1, 1]])])
 def test_unknown_environment_lists_the_known_ones(call):
     with pytest.raises(ValueError, match=r"unknown environment .dark..*darkroom"):
         call("dark")
@@ -534,7 +585,10 @@ def test_unknown_environment_lists_the_known_ones(call):
 
 def test_default_split_is_the_first_with_the_papers_optimum():
     """Table 1's 90.9 is the optimum of its held-out goals, which the paper does not list."""
-    optima = [darkroom_optimum(split_tasks("darkroom", seed)[1]).mean() for seed in range(Config.task_seed + 1)]
+    optima = [
+        darkroom_optimum(split_tasks("darkroom", seed)[1]).mean()
+        for seed in range(Config.task_seed + 1)
+    ]
     assert optima[-1] == pytest.approx(90.9)
     assert min(abs(np.array(optima[:-1]) - 90.9)) > 1e-6
     assert Config.task_seed == CollectConfig.task_seed

@@ -17,7 +17,6 @@ from matplotlib.image import imread
 from scipy.stats import norm
 from tiny import command, rows, tensors, trainer
 
-import checkpoint
 import evaluate
 from collect import CollectConfig, dataset_folder, settings_of
 from config import parse
@@ -25,14 +24,15 @@ from data import FORMAT, ADBatch, DPTBatch, Prompt, file_hash, load_dataset, par
 from diagnostics import least_share, modality_counts, mutual_information, probe
 from envs import random_returns
 from evaluate import Settings, evaluate_run, interval, play, print_table
+from families.rooms import point_robot_optimum
 from models import T2MIR
 from policies import RandomPolicy, check_noise, concatenate, make_policy, sort_and_drop
-from rooms import point_robot_optimum
+from support import checkpoint
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
     "env,backbone,moe,routing,quality,preset,seed,steps,train_seconds,episodes,first_return,last_return,best_return,"
-    "random_return,optimum,expert_return,success,paper_return,command"
+    "random_return,optimum,teacher_return,success,paper_return,command"
 )
 KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries": 1, "short": 0, "empty": 0}),
          "last": ("dpt", {})}  # fmt: skip
@@ -47,7 +47,9 @@ def trained(tiny_config, paper_folder, tmp_path_factory):
     """{name: folder} of a tiny run of each layout; evaluations write elsewhere."""
     folder = tmp_path_factory.mktemp("trained")
     with trainer(tiny_config) as fit:
-        return {name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()}
+        return {
+            name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()
+        }
 
 
 @pytest.fixture
@@ -72,7 +74,9 @@ def returns_of(results):
     (path,) = set(results.glob("*.csv")) - {results / "summary.csv"}
     found = table(path)
     episodes = max(int(row["episode"]) for row in found)
-    assert [int(row["episode"]) for row in found] == [*range(1, episodes + 1)] * (len(found) // episodes)
+    assert [int(row["episode"]) for row in found] == [*range(1, episodes + 1)] * (
+        len(found) // episodes
+    )
     values = np.array([float(row["return"]) for row in found]).reshape(-1, episodes)
     return values, [row["task"] for row in found[::episodes]]
 
@@ -130,7 +134,11 @@ def test_policies_are_told_all_finished_episodes_in_order():
             assert prompt.states.shape == (2, 100, 2) and prompt.rewards.shape == (2, 100)
             columns = [torch.stack(column, 1) for column in zip(*steps, strict=True)]
             assert all(map(torch.equal, (prompt.states, prompt.actions, prompt.rewards), columns))
-    assert [prompt.rewards.sum(1).tolist() for prompt in script.told[-1]] == [[100, 0], [0, 99], [0, 0]]
+    assert [prompt.rewards.sum(1).tolist() for prompt in script.told[-1]] == [
+        [100, 0],
+        [0, 99],
+        [0, 0],
+    ]
     assert script.told[-1][1].states[0, :4].tolist() == [[0, 0], [0, 1], [0, 2], [0, 2]]
 
 
@@ -138,7 +146,9 @@ def test_the_random_policy_earns_its_expected_return():
     tasks, many = [[0, 0], [1, 1], [3, 2]], 2000
     got = play("darkroom", tasks * many, RandomPolicy(5, seed=1), 1).reshape(many, 3)
     error = got.std(0) / many**0.5
-    assert (np.abs(got.mean(0) - random_returns("darkroom", tasks)) < 4 * error).all() and (error < 0.5).all()
+    assert (np.abs(got.mean(0) - random_returns("darkroom", tasks)) < 4 * error).all() and (
+        error < 0.5
+    ).all()
 
 
 def watch(monkeypatch, lengths):
@@ -161,7 +171,9 @@ def watch(monkeypatch, lengths):
 
 
 @pytest.mark.parametrize("name", ["first", "last"])
-@pytest.mark.parametrize(("memory", "want"), [("last", [0, 300, 300, 300]), ("all", [0, 300, 600, 900])])
+@pytest.mark.parametrize(
+    ("memory", "want"), [("last", [0, 300, 300, 300]), ("all", [0, 300, 600, 900])]
+)
 def test_dpt_is_given_the_last_episode_or_all(build, monkeypatch, name, memory, want):
     """Algorithm 4: the prompt of each episode, which does not grow while it is played."""
     lengths, policy = [], make_policy(build(name), settings(prompt=memory))
@@ -238,14 +250,30 @@ def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     assert line == {k: str(v) for k, v in row.items()}
     curve = want.mean(0)
     assert float(line["first_return"]) == pytest.approx(curve[0], abs=0.005)
-    assert float(line["last_return"]) == pytest.approx(curve.mean(), abs=0.005)  # of up to five episodes
+    assert float(line["last_return"]) == pytest.approx(
+        curve.mean(), abs=0.005
+    )  # of up to five episodes
     assert float(line["best_return"]) == pytest.approx(curve.max(), abs=0.005)
     assert line["optimum"] == f"{np.mean([101 - 4, 101 - 14, 101 - 4, 101 - 9]):.2f}"
-    assert float(line["random_return"]) == pytest.approx(random_returns("darkroom", tasks).mean(), abs=0.005)
-    assert (line["backbone"], line["moe"], line["steps"], line["episodes"]) == (cfg.backbone, "both", "3", "3")
-    assert line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[cfg.backbone] and float(about["seconds"]) > 0
+    assert float(line["random_return"]) == pytest.approx(
+        random_returns("darkroom", tasks).mean(), abs=0.005
+    )
+    assert (line["backbone"], line["moe"], line["steps"], line["episodes"]) == (
+        cfg.backbone,
+        "both",
+        "3",
+        "3",
+    )
+    assert (
+        line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[cfg.backbone]
+        and float(about["seconds"]) > 0
+    )
     printed = capsys.readouterr().out
-    assert str(picture) in printed and line["last_return"] in printed and line["paper_return"] in printed
+    assert (
+        str(picture) in printed
+        and line["last_return"] in printed
+        and line["paper_return"] in printed
+    )
 
 
 def test_one_row_of_summary_for_each_evaluation(trained, tmp_path):
@@ -266,7 +294,9 @@ def test_split_repeats_and_places(trained, tmp_path):
     evaluate_run(trained["last"], episodes=1, repeats=3, results=str(tmp_path / "thrice"))
     assert len(returns_of(tmp_path / "thrice")[0]) == 12
     before = set(trained["last"].iterdir())
-    evaluate_run(trained["last"], episodes=1)  # by default beside the checkpoint, the summary beside the run
+    evaluate_run(
+        trained["last"], episodes=1
+    )  # by default beside the checkpoint, the summary beside the run
     assert {p.suffix for p in set(trained["last"].iterdir()) - before} == {".csv", ".png"}
     assert (trained["last"].parent / "summary.csv").exists()
 
@@ -281,7 +311,9 @@ def robots(point_config, point_folder, tmp_path_factory):
     """{name: folder} of a tiny run of each layout on Point-Robot."""
     folder = tmp_path_factory.mktemp("robots")
     with trainer(point_config) as fit:
-        return {name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()}
+        return {
+            name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()
+        }
 
 
 class Constant(Script):
@@ -307,8 +339,12 @@ def test_returns_of_point_robot_by_hand():
         assert got[:, e] == pytest.approx(torch.stack(want).numpy(), rel=1e-5)
     starts = torch.cat([episode[0][0] for episode in script.seen[:2]])
     assert len(starts.unique(dim=0)) == 4 and starts.abs().max() <= 0.1
-    assert (play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=3)[0] == got[0]).all()
-    assert (play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=4)[0] != got[0]).all()
+    assert (
+        play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=3)[0] == got[0]
+    ).all()
+    assert (
+        play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=4)[0] != got[0]
+    ).all()
 
 
 def played(model, settings, episodes=4):
@@ -341,7 +377,9 @@ def check_actions(episodes, want, first):
         if e or first == "policy":
             torch.testing.assert_close(episode.actions, want[e], atol=1e-5, rtol=0)
         else:  # random ones
-            assert (episode.actions - want[e]).abs().mean() > 0.1 and episode.actions.abs().max() <= 1
+            assert (
+                episode.actions - want[e]
+            ).abs().mean() > 0.1 and episode.actions.abs().max() <= 1
             assert episode.actions.abs().mean() == pytest.approx(0.5, abs=0.13)
             assert episode.actions.mean() == pytest.approx(0, abs=0.26)
     later = torch.cat([episode.actions for episode in episodes[1:]], 1)
@@ -361,7 +399,9 @@ def test_algorithm2_with_continuous_numbers(point_config, monkeypatch, cached, f
         episodes = played(model, settings(first=first))
     kept, want = [], []
     for episode in episodes:
-        want.append(model(ADBatch(shown(concatenate([*kept, episode])), torch.arange(3))).action[:, -20:])
+        want.append(
+            model(ADBatch(shown(concatenate([*kept, episode])), torch.arange(3))).action[:, -20:]
+        )
         kept = sort_and_drop([*kept, episode], 2)
     check_actions(episodes, want, first)
 
@@ -377,18 +417,26 @@ def test_noise_has_its_deviation_around_the_mean_action(point_config, backbone):
     if backbone == "ad":
         mean = model(ADBatch(shown(episodes[0]), torch.arange(3))).action
     else:
-        past, sees = Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0)), torch.zeros(3, 1).long()
+        past, sees = (
+            Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0)),
+            torch.zeros(3, 1).long(),
+        )
         queries = shown(episodes[0]).states.split(1, 1)
-        mean = torch.cat([model(DPTBatch(past, None, query, None, sees)).action for query in queries], 1)
+        mean = torch.cat(
+            [model(DPTBatch(past, None, query, None, sees)).action for query in queries], 1
+        )
     noise, inside = episodes[0].actions - mean, episodes[0].actions.abs() < 1
     assert episodes[0].actions.abs().max() <= 1 and inside.float().mean() > 0.5
     inner = noise[mean.abs() < 0.25]  # three deviations from the nearest wall
-    assert len(inner) > 10 and inner.std().item() == pytest.approx(0.25, rel=4 / (2 * len(inner)) ** 0.5)
+    assert len(inner) > 10 and inner.std().item() == pytest.approx(
+        0.25, rel=4 / (2 * len(inner)) ** 0.5
+    )
     assert abs(inner.mean().item()) < 4 * 0.25 / len(inner) ** 0.5
 
 
 @pytest.mark.parametrize(
-    "noise, named", [(-0.1, "at least 0"), (float("nan"), "at least 0"), (0.1, "continuous actions")]
+    "noise, named",
+    [(-0.1, "at least 0"), (float("nan"), "at least 0"), (0.1, "continuous actions")],
 )
 def test_impossible_noise_is_refused(noise, named):
     with pytest.raises(ValueError, match=named) as error:
@@ -410,7 +458,9 @@ def test_algorithm4_with_continuous_numbers(point_config, name, memory, first):
         past = past or Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0))
         sees = torch.full((3, 1), past.steps)
         queries = ((episode.states - MEAN) / STD).split(1, 1)
-        predicted = [model(DPTBatch(shown(past), None, query, None, sees)).action[:, -1] for query in queries]
+        predicted = [
+            model(DPTBatch(shown(past), None, query, None, sees)).action[:, -1] for query in queries
+        ]
         want.append(torch.stack(predicted, 1))
     check_actions(episodes, want, first)
 
@@ -423,7 +473,8 @@ def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, caps
     assert torch.equal(states[0], data.state_mean) and torch.equal(states[1], data.state_std)
     tasks = data.meta["test_tasks"]
     want, plain = (
-        play("point-robot", tasks, make_policy(model, settings(), 5, *read), 3, seed=5) for read in (states, ())
+        play("point-robot", tasks, make_policy(model, settings(), 5, *read), 3, seed=5)
+        for read in (states, ())
     )
     values, named = returns_of(tmp_path)
     assert values == pytest.approx(want, rel=1e-5) and (values != pytest.approx(plain, rel=1e-5))
@@ -431,7 +482,7 @@ def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, caps
     (line,) = table(tmp_path / "summary.csv")
     assert line == {k: str(v) for k, v in row.items()}
     known = data.meta["reference"]["test"]
-    assert line["expert_return"] == f"{np.mean(known['expert']):.2f}"
+    assert line["teacher_return"] == f"{np.mean(known['expert']):.2f}"
     assert line["random_return"] == f"{np.mean(known['random']):.2f}"
     assert line["optimum"] == f"{point_robot_optimum(tasks).mean():.2f}"
     assert (line["env"], line["success"], line["paper_return"]) == (
@@ -451,7 +502,7 @@ def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, caps
 def test_the_training_split_has_references_of_its_own(robots, point_folder, tmp_path):
     row = evaluate_run(robots["last"], episodes=1, split="train", results=str(tmp_path))
     known = load_dataset(point_folder).meta["reference"]["train"]
-    assert row["expert_return"] == f"{np.mean(known['expert']):.2f}"
+    assert row["teacher_return"] == f"{np.mean(known['expert']):.2f}"
     assert row["random_return"] == f"{np.mean(known['random']):.2f}" and len(known["random"]) == 5
 
 
@@ -460,16 +511,31 @@ def reacher(tmp_path_factory):
     """A run of one step on a dataset of Reach that holds random numbers."""
     cfg = CollectConfig(env="reach", train_tasks=2, test_tasks=2, episodes=5, queries=10,
                         folder=str(tmp_path_factory.mktemp("reach")))  # fmt: skip
-    folder, (train, test), rng, hashes = dataset_folder(cfg), cfg.split(), np.random.default_rng(0), []
+    folder, (train, test), rng, hashes = (
+        dataset_folder(cfg),
+        cfg.split(),
+        np.random.default_rng(0),
+        [],
+    )
     folder.mkdir()
     shapes = {"states": (5, 100, 18), "actions": (5, 100, 4), "rewards": (5, 100)}
     shapes |= {"query_states": (10, 18), "query_actions": (10, 4)}
     for i in range(2):
         path = folder / part_name(i)
-        np.savez_compressed(path, **{k: rng.uniform(-1, 1, shape).astype(np.float32) for k, shape in shapes.items()})
+        np.savez_compressed(
+            path, **{k: rng.uniform(-1, 1, shape).astype(np.float32) for k, shape in shapes.items()}
+        )
         hashes.append(file_hash(path))
-    reference = {"test": {"random": [10.0, 20.0], "expert": [300.0, 500.0], "highest": [301.0, 501.0]}}
-    meta = {"format": FORMAT, **settings_of(cfg), "horizon": 100, "train_tasks": train, "test_tasks": test}
+    reference = {
+        "test": {"random": [10.0, 20.0], "teacher": [300.0, 500.0], "highest": [301.0, 501.0]}
+    }
+    meta = {
+        "format": FORMAT,
+        **settings_of(cfg),
+        "horizon": 100,
+        "train_tasks": train,
+        "test_tasks": test,
+    }
     (folder / "meta.json").write_text(json.dumps(meta | {"reference": reference, "sha256": hashes}))
     with trainer(cfg) as fit:
         return fit(tmp_path_factory.mktemp("reacher") / "run", steps=1)
@@ -480,7 +546,9 @@ class Hand(Script):
 
     def __init__(self, goal):
         super().__init__([], [])
-        self.goal = torch.tensor([*goal[:2], goal[2] + 0.045])  # what is observed is above the fingers
+        self.goal = torch.tensor(
+            [*goal[:2], goal[2] + 0.045]
+        )  # what is observed is above the fingers
 
     def act(self, states):
         actions = torch.zeros(len(states), 4)
@@ -495,26 +563,36 @@ def test_success_of_reach_is_played_and_reported(reacher, tmp_path, monkeypatch,
     row = evaluate_run(reacher, episodes=2, results=str(tmp_path))
     (path,) = set(tmp_path.glob("*.csv")) - {tmp_path / "summary.csv"}
     found = table(path)
-    assert [(line["episode"], line["success"]) for line in found] == [("1", "0"), ("2", "1"), ("1", "0"), ("2", "0")]
+    assert [(line["episode"], line["success"]) for line in found] == [
+        ("1", "0"),
+        ("2", "1"),
+        ("1", "0"),
+        ("2", "0"),
+    ]
     returns = [float(line["return"]) for line in found]
     assert returns[1] > 2 * returns[0] and returns[3] == pytest.approx(returns[2], rel=1e-4)
-    assert (row["success"], row["expert_return"], row["random_return"]) == ("0.25", "400.00", "15.00")
+    assert (row["success"], row["teacher_return"], row["random_return"]) == (
+        "0.25",
+        "400.00",
+        "15.00",
+    )
     assert row["optimum"] == "" and table(tmp_path / "summary.csv")[0]["success"] == "0.25"
     printed = capsys.readouterr().out
     share = (float(row["last_return"]) - 15) / (400 - 15)
     assert (
-        f"{'random 0, expert 1: last 2':<32}{share:>8.3f}" in printed and f"{'success, last 2':<32}    25 %" in printed
+        f"{'random 0, expert 1: last 2':<32}{share:>8.3f}" in printed
+        and f"{'success, last 2':<32}    25 %" in printed
     )
     assert float(row["last_return"]) == pytest.approx(np.mean(returns), abs=0.01)
 
 
 def test_a_table_without_a_share(capsys):
     """No share where the expert is no better than random."""
-    row = {f"{name}_return": "5.00" for name in ("first", "last", "best", "random", "expert")}
+    row = {f"{name}_return": "5.00" for name in ("first", "last", "best", "random", "teacher")}
     row |= {"optimum": "", "success": "", "paper_return": ""}
     print_table(row, np.array([5.0]), None, 1)
     assert "random 0" not in capsys.readouterr().out
-    print_table(row | {"expert_return": "9.00"}, np.array([5.0]), None, 1)
+    print_table(row | {"teacher_return": "9.00"}, np.array([5.0]), None, 1)
     assert "random 0, expert 1: last 1" in capsys.readouterr().out
 
 
@@ -524,7 +602,10 @@ def test_a_table_without_a_share(capsys):
     [
         ([[1, 2], [2, 4]], 0.0),  # independent
         ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log2(3)),  # one tells the other
-        ([[1, 1], [0, 2]], 1 + 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3) - 1.5),  # H(X) + H(Y) - H(X, Y)
+        (
+            [[1, 1], [0, 2]],
+            1 + 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3) - 1.5,
+        ),  # H(X) + H(Y) - H(X, Y)
         ([[3, 0], [0, 0]], 0.0),  # nothing varies
     ],
 )
@@ -538,7 +619,9 @@ def test_least_share():
 
 
 def test_modality_counts_take_the_best_expert_and_leave_queries_out():
-    token_expert = torch.tensor([[[0, 1], [1, 3], [2, 3], [0, 1], [3, 0]], [[0, 2], [1, 0], [1, 2], [3, 2], [3, 1]]])
+    token_expert = torch.tensor(
+        [[[0, 1], [1, 3], [2, 3], [0, 1], [3, 0]], [[0, 2], [1, 0], [1, 2], [3, 2], [3, 1]]]
+    )
     out = SimpleNamespace(token_expert=token_expert, modality=torch.tensor([0, 1, 2, 0, 3]))
     assert modality_counts(out, 4).tolist() == [[3, 0, 0, 1], [0, 2, 0, 0], [0, 1, 1, 0]]
 
@@ -553,14 +636,31 @@ def test_probe_looks_without_changing_anything(tiny_config, explore_data, build,
     for training in (True, False):
         model.train(training)
         found = probe(model, explore_data, cfg, 1, "cpu")
-        assert model.training is training and all(module.training is training for module in model.modules())
+        assert model.training is training and all(
+            module.training is training for module in model.modules()
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    want = {"token_mi", "token_least", "task_least", "contrastive_fresh", "accuracy_fresh", "chance"}
-    want = (want if moe == "both" else set()) | ({"kl_reward", "kl_no_reward"} if backbone == "dpt" else set())
+    want = {
+        "token_mi",
+        "token_least",
+        "task_least",
+        "contrastive_fresh",
+        "accuracy_fresh",
+        "chance",
+    }
+    want = (want if moe == "both" else set()) | (
+        {"kl_reward", "kl_no_reward"} if backbone == "dpt" else set()
+    )
     assert set(found) == want and all(math.isfinite(value) for value in found.values())
     if moe == "both":
         assert 0 <= found["token_mi"] <= math.log2(3) and 0 <= found["token_least"] <= 1 / 4
-        assert found["chance"] == 1 / 15 and 0 <= found["accuracy_fresh"] <= 1  # two draws of each of eight tasks
+        assert (
+            found["chance"] == 1 / 15 and 0 <= found["accuracy_fresh"] <= 1
+        )  # two draws of each of eight tasks
     if want:
-        assert probe(model, explore_data, cfg, 1, "cpu") == found != probe(model, explore_data, cfg, 2, "cpu")
+        assert (
+            probe(model, explore_data, cfg, 1, "cpu")
+            == found
+            != probe(model, explore_data, cfg, 2, "cpu")
+        )

@@ -17,10 +17,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import files
-from files import load_tensors, need_space, only_writer, save_arrays, save_tensors, write_atomically
+from support import files
+from support.files import (
+    load_tensors,
+    need_space,
+    only_writer,
+    save_arrays,
+    save_tensors,
+    write_atomically,
+)
 
-ABOUT = {"t2mir": "1", "kind": "test", "step": "64", "settings": '{"lr": 0.1, "name": "ü"}', "zeta": "", "alpha": "a b"}
+ABOUT = {
+    "t2mir": "1",
+    "kind": "test",
+    "step": "64",
+    "settings": '{"lr": 0.1, "name": "ü"}',
+    "zeta": "",
+    "alpha": "a b",
+}
 TESTS = Path(__file__).resolve().parent
 
 
@@ -39,9 +53,16 @@ def tensors():
 
 def process(code, *args, hash_seed="0"):
     """Python code in a fresh process that finds files.py and this file."""
-    env = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1", "PATH": "", "PYTHONHASHSEED": hash_seed}
+    env = {
+        "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+        "PYTHONHASHSEED": hash_seed,
+    }
     line = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def one_line(error, *parts):
@@ -122,7 +143,9 @@ def test_foreign_tensors_are_refused(tmp_path, about):
     one_line(error, path)
 
 
-@pytest.mark.parametrize("content", [b"no tensors\nat all", b"{}" * 500, np.zeros(99).tobytes(), None])
+@pytest.mark.parametrize(
+    "content", [b"no tensors\nat all", b"{}" * 500, np.zeros(99).tobytes(), None]
+)
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     if content is not None:
@@ -133,10 +156,16 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_arrays_come_back_and_same_content_same_bytes(tmp_path, monkeypatch):
-    arrays = {"b": np.arange(6.0).reshape(2, 3), "a": np.zeros(1000, np.int64), "flags": np.array([True])}
+    arrays = {
+        "b": np.arange(6.0).reshape(2, 3),
+        "a": np.zeros(1000, np.int64),
+        "flags": np.array([True]),
+    }
     save_arrays(tmp_path / "one.npz", arrays)
     later = time.localtime(time.time() + 1e6)
-    monkeypatch.setattr(time, "localtime", lambda *_: later)  # a zip file has room for its members' time
+    monkeypatch.setattr(
+        time, "localtime", lambda *_: later
+    )  # a zip file has room for its members' time
     save_arrays(tmp_path / "two.npz", arrays)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     assert (tmp_path / "one.npz").stat().st_size < 2000
@@ -189,7 +218,7 @@ def test_failing_arrays_leave_nothing(tmp_path, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from files import only_writer
+from support.files import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -215,11 +244,17 @@ def holder(tmp_path):
 
 def test_second_process_is_refused_until_the_first_is_killed(tmp_path, holder):
     child = holder(1000)
-    with pytest.raises(ValueError, match="another process is writing") as error, only_writer(tmp_path / "run"):
+    with (
+        pytest.raises(ValueError, match="another process is writing") as error,
+        only_writer(tmp_path / "run"),
+    ):
         pass
     one_line(error, tmp_path / "run")
     before = time.monotonic()
-    with pytest.raises(ValueError, match="another process"), only_writer(tmp_path / "run", seconds=0.5):
+    with (
+        pytest.raises(ValueError, match="another process"),
+        only_writer(tmp_path / "run", seconds=0.5),
+    ):
         pass
     assert time.monotonic() - before >= 0.5
     with only_writer(tmp_path / "other"):  # another folder is free

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import jobs as module
-from jobs import Stopped, check_cluster, run_jobs
+from support import jobs as module
+from support.jobs import Stopped, check_cluster, run_jobs
 
 TESTS = Path(__file__).resolve().parent
 LONG = 100  # seconds until a test gives up, on a machine that does other things too
@@ -93,7 +93,9 @@ def test_results_are_in_order_whatever_finishes_first():
     assert [(n, squared) for n, squared, *_ in found] == [(n, n * n) for n in range(5)]
     processes = {process for *_, process, _ in found}
     assert os.getpid() not in processes and len(processes) <= 2
-    assert {threads for *_, threads in found} == {1}  # the bytes of a job depend on nothing beside it
+    assert {threads for *_, threads in found} == {
+        1
+    }  # the bytes of a job depend on nothing beside it
     assert len(ticks) >= 2 and all(gone(process) for process in processes)
 
 
@@ -115,8 +117,12 @@ def test_exception_reaches_the_caller_and_stops_the_others(tmp_path, what, count
     assert type(error.value) is Wrong and error.value.args == ("the third", 3)
     assert all(gone(process) for process in workers(tmp_path))
     started = names(tmp_path, "started")
-    assert started[:count] == ["0", "1"][:count] and "4" not in started  # one more may have begun beside the exception
-    assert names(tmp_path, "stopped") == [name for name in started if name != "1" or what == "watch"]
+    assert (
+        started[:count] == ["0", "1"][:count] and "4" not in started
+    )  # one more may have begun beside the exception
+    assert names(tmp_path, "stopped") == [
+        name for name in started if name != "1" or what == "watch"
+    ]
 
 
 def test_killed_worker_is_one_line(tmp_path):
@@ -125,7 +131,9 @@ def test_killed_worker_is_one_line(tmp_path):
             (tmp_path / "go").touch()
 
     todo = [(tmp_path, name, "die" * (name == "1")) for name in "01234"]
-    with pytest.raises(OSError, match=r"worker process was killed .*same command continues") as error:
+    with pytest.raises(
+        OSError, match=r"worker process was killed .*same command continues"
+    ) as error:
         run_jobs(patient, todo, 2, watch=watch)
     assert "\n" not in str(error.value)
     until(lambda: all(gone(process) for process in workers(tmp_path)))
@@ -154,7 +162,9 @@ def command(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests in the background ignore it
     )
     try:
         yield child
@@ -165,7 +175,9 @@ def command(folder):
 
 
 def children(process):
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
 
 
 def test_ctrl_c_ends_command_and_workers(tmp_path):
@@ -184,7 +196,13 @@ def test_ctrl_c_in_a_terminal_while_workers_start(tmp_path):
     """It reaches the workers too, which are still importing: they must neither die of it nor print."""
 
     def importing():  # two workers; multiprocessing has a process of its own
-        return sum("libtorch" in Path(f"/proc/{process}/maps").read_text() for process in children(child.pid)) == 2
+        return (
+            sum(
+                "libtorch" in Path(f"/proc/{process}/maps").read_text()
+                for process in children(child.pid)
+            )
+            == 2
+        )
 
     with command(tmp_path) as child:
         until(importing)
@@ -218,9 +236,13 @@ def findable(monkeypatch):
 @needs_ray
 def test_ray_gives_the_same(findable):
     ticks = []
-    found = run_jobs(square, [(n, 0.3 * (n == 0)) for n in range(3)], 1, "local", lambda: ticks.append(0))
+    found = run_jobs(
+        square, [(n, 0.3 * (n == 0)) for n in range(3)], 1, "local", lambda: ticks.append(0)
+    )
     assert [(n, squared) for n, squared, *_ in found] == [(n, n * n) for n in range(3)]
-    assert os.getpid() not in {process for *_, process, _ in found} and {threads for *_, threads in found} == {1}
+    assert os.getpid() not in {process for *_, process, _ in found} and {
+        threads for *_, threads in found
+    } == {1}
     assert ticks
 
 
@@ -242,11 +264,15 @@ def test_ray_names_a_killed_worker(monkeypatch):
         raise ray.exceptions.WorkerCrashedError
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
-    monkeypatch.setattr(ray, "remote", lambda **_: lambda work: SimpleNamespace(remote=lambda *job: job))
+    monkeypatch.setattr(
+        ray, "remote", lambda **_: lambda work: SimpleNamespace(remote=lambda *job: job)
+    )
     monkeypatch.setattr(ray, "wait", lambda waiting, **_: (waiting, []))
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
-    with pytest.raises(OSError, match=r"Ray lost a job \(WorkerCrashedError\); the same command continues") as error:
+    with pytest.raises(
+        OSError, match=r"Ray lost a job \(WorkerCrashedError\); the same command continues"
+    ) as error:
         run_jobs(raising, ["", ""], 1, "local")
     assert "\n" not in str(error.value) and ended
 

@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from scipy.stats import kstest
 
 from envs import make_batch, make_env, sample_tasks
-from locomotion import (
+from families.locomotion import (
     SCALED,
     BatchedCheetahVel,
     BatchedWalkerParam,
@@ -28,12 +28,17 @@ from locomotion import (
 
 WALKERS = sample_tasks("walker-param", 3, np.random.default_rng(0))
 PLAIN = [0.0] * 65
-FAMILIES = [(CheetahVel, BatchedCheetahVel, [[0.5], [1.5], [2.5]]), (WalkerParam, BatchedWalkerParam, WALKERS)]
+FAMILIES = [
+    (CheetahVel, BatchedCheetahVel, [[0.5], [1.5], [2.5]]),
+    (WalkerParam, BatchedWalkerParam, WALKERS),
+]
 SIZES = {"body_mass": 8, "body_inertia": 24, "dof_damping": 9, "geom_friction": 24}
 
 
 def actions_of(rng, steps, rows=None, scale=1.0):
-    return rng.uniform(-scale, scale, (steps, 6) if rows is None else (steps, rows, 6)).astype(np.float32)
+    return rng.uniform(-scale, scale, (steps, 6) if rows is None else (steps, rows, 6)).astype(
+        np.float32
+    )
 
 
 # ------------------------------------------------------------------------------------------------- cheetah
@@ -168,7 +173,9 @@ def test_walker_task_scales_the_simulators_own_parameters():
         first = 0
         for name, size in SIZES.items():
             original, exponents = getattr(library, name), np.array(task[first : first + size])
-            expected = original * (1.3 if name == "dof_damping" else 1.5) ** exponents.reshape(original.shape)
+            expected = original * (1.3 if name == "dof_damping" else 1.5) ** exponents.reshape(
+                original.shape
+            )
             for model in (envs[i].model, batch.models[i]):
                 np.testing.assert_allclose(getattr(model, name), expected, rtol=1e-14, atol=0)
             if task is not PLAIN:
@@ -213,7 +220,9 @@ def test_tasks_do_not_touch_each_other(single, batched, tasks):
 
     np.testing.assert_array_equal(play(env, between), alone)
     if single is WalkerParam:
-        assert not np.allclose(play(single(tasks[1])), alone, atol=1e-3)  # another body moves differently
+        assert not np.allclose(
+            play(single(tasks[1])), alone, atol=1e-3
+        )  # another body moves differently
 
 
 # ------------------------------------------------------------------------------------------------ gymnasium
@@ -248,13 +257,19 @@ def test_actions_out_of_range_are_clipped(single, batched, tasks):
         one, other = envs[0].step(action), envs[1].step(clipped)
         np.testing.assert_array_equal(one[0], other[0])
         assert one[1] == other[1]
-        one, other = (batch.step(np.tile(a, (3, 1))) for batch, a in zip(batches, (action, clipped), strict=True))
+        one, other = (
+            batch.step(np.tile(a, (3, 1)))
+            for batch, a in zip(batches, (action, clipped), strict=True)
+        )
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_array_equal(one[1], other[1])
 
 
 def test_wrong_task_is_one_line():
-    for single, bad in ((CheetahVel, [[], [1.0, 2.0], [np.nan], ["1"], [11]]), (WalkerParam, [[0.0] * 64, [3.1] * 65])):
+    for single, bad in (
+        (CheetahVel, [[], [1.0, 2.0], [np.nan], ["1"], [11]]),
+        (WalkerParam, [[0.0] * 64, [3.1] * 65]),
+    ):
         for task in bad:
             with pytest.raises(ValueError, match=r"a task of .* is .* number") as error:
                 single(task)
@@ -344,7 +359,9 @@ def test_seeds(single, batched, tasks):
     first, second = one.reset(), one.reset()
     np.testing.assert_array_equal(first, same.reset())
     same.step(np.ones((3, 6)))
-    np.testing.assert_array_equal(second, same.reset())  # steps draw nothing and leave nothing behind
+    np.testing.assert_array_equal(
+        second, same.reset()
+    )  # steps draw nothing and leave nothing behind
     seen = np.concatenate([first, second, other.reset()])
     assert len(np.unique(seen[:, 0])) == 9
     env = single(tasks[0])
@@ -362,7 +379,10 @@ def test_cheetahs_starts(what):
         qpos, qvel = batch.qpos, batch.qvel
     else:
         env = CheetahVel([1.0])
-        rows = [(env.reset(seed=seed), env.data.qpos.copy(), env.data.qvel.copy()) for seed in range(300)]
+        rows = [
+            (env.reset(seed=seed), env.data.qpos.copy(), env.data.qvel.copy())
+            for seed in range(300)
+        ]
         qpos, qvel = (np.array([row[i] for row in rows]) for i in (1, 2))
     assert abs(qpos).max() <= 0.1 and abs(qpos).max() > 0.0995
     for column in qpos.T:
@@ -382,7 +402,10 @@ def test_walkers_starts(what):
         qpos, qvel = batch.qpos, batch.qvel
     else:
         env = WalkerParam(PLAIN)
-        rows = [(env.reset(seed=seed), env.data.qpos.copy(), env.data.qvel.copy()) for seed in range(300)]
+        rows = [
+            (env.reset(seed=seed), env.data.qpos.copy(), env.data.qvel.copy())
+            for seed in range(300)
+        ]
         qpos, qvel = (np.array([row[i] for row in rows]) for i in (1, 2))
     around = np.array([0, 1.25] + [0] * 7)
     noise = np.hstack([qpos - around, qvel])

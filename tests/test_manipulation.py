@@ -20,7 +20,7 @@ from metaworld.policies import SawyerPushV3Policy, SawyerReachV3Policy
 from metaworld.utils.reward_utils import tolerance
 from scipy.spatial.transform import Rotation
 
-from manipulation import (
+from families.manipulation import (
     PUSH_GOALS,
     REACH_GOALS,
     BatchedPush,
@@ -36,7 +36,9 @@ REACH = [[0.08, 0.83, 0.11], [-0.06, 0.9, 0.3], [0.0, 0.8, 0.05]]
 PUSH = [[0.08, 0.83], [-0.06, 0.9], [0.0, 0.8]]
 FAMILIES = [(Reach, BatchedReach, REACH), (Push, BatchedPush, PUSH)]
 EXACT = {"rtol": 0, "atol": 1e-12}
-pytestmark = pytest.mark.filterwarnings("ignore:Constant")  # the scripted policies ask for more than the clip allows
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Constant"
+)  # the scripted policies ask for more than the clip allows
 
 
 def library_env(single, goal):
@@ -77,11 +79,17 @@ def test_every_step_is_the_librarys(single, batched, goals):
                 action = behaviour(kind, single, ours, goal, rng)
                 theirs, their_reward, *_, their_info = library.step(np.clip(action, -1, 1))
                 ours, reward, terminated, truncated, info = env.step(action)
-                np.testing.assert_array_equal(env.data.qpos, library.data.qpos)  # the physics: to the last bit
+                np.testing.assert_array_equal(
+                    env.data.qpos, library.data.qpos
+                )  # the physics: to the last bit
                 np.testing.assert_array_equal(env.data.qacc_warmstart, library.data.qacc_warmstart)
                 np.testing.assert_allclose(ours, theirs[:18], **EXACT)
                 np.testing.assert_allclose(reward, their_reward, **EXACT)
-                assert (info["success"], terminated, truncated) == (their_info["success"], False, False)
+                assert (info["success"], terminated, truncated) == (
+                    their_info["success"],
+                    False,
+                    False,
+                )
                 assert type(reward) is float and type(info["success"]) is float
                 seen["success"] += info["success"]
                 seen["grasp_success"] += their_info["grasp_success"]
@@ -93,7 +101,11 @@ def test_every_step_is_the_librarys(single, batched, goals):
 def test_plain_floats_are_the_librarys_arithmetic():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        x, margin, low = rng.uniform(0, 0.3), rng.choice([0.0, rng.uniform(0.001, 0.3)]), rng.choice([0.0, 0.015])
+        x, margin, low = (
+            rng.uniform(0, 0.3),
+            rng.choice([0.0, rng.uniform(0.001, 0.3)]),
+            rng.choice([0.0, 0.015]),
+        )
         theirs = tolerance(float(x), bounds=(low, 0.05), margin=margin, sigmoid="long_tail")
         np.testing.assert_allclose(long_tail(x, low, 0.05, margin), theirs, **EXACT)
         a, b = rng.normal(size=(2, 3))
@@ -126,7 +138,9 @@ def test_reach_pays_by_the_fingers_distance_to_the_goal(goal):
     gap = np.sqrt(((fingers - goal) ** 2).sum())
     margin = np.sqrt(((np.array([0, 0.6, 0.2]) - goal) ** 2).sum())
     assert gap > 0.1 and info["success"] == 0
-    assert reward == pytest.approx(10 / (1 + 9 * ((gap - 0.05) / margin) ** 2), abs=1e-9)  # 1 at the margin, 10 at 5 cm
+    assert reward == pytest.approx(
+        10 / (1 + 9 * ((gap - 0.05) / margin) ** 2), abs=1e-9
+    )  # 1 at the margin, 10 at 5 cm
     assert 0.5 < reward < 2
 
 
@@ -148,7 +162,10 @@ def test_first_observation_by_name():
     np.testing.assert_array_equal(observation[:3], env.data.body("hand").xpos)
     np.testing.assert_allclose(observation[:3], [0, 0.6, 0.2], atol=0.01)
     claws = env.data.body("rightclaw").xpos - env.data.body("leftclaw").xpos
-    assert observation[3] == pytest.approx(min(np.linalg.norm(claws) / 0.1, 1)) and observation[3] > 0.9  # open
+    assert (
+        observation[3] == pytest.approx(min(np.linalg.norm(claws) / 0.1, 1))
+        and observation[3] > 0.9
+    )  # open
     np.testing.assert_array_equal(observation[4:7], env.data.body("obj").xpos)
     np.testing.assert_allclose(observation[7:], [0, 0, 0, 1] + [0] * 7, atol=1e-3)
 
@@ -160,10 +177,16 @@ def test_goal_is_not_in_the_observation(single, batched, goals):
     envs = [single(goal) for goal in goals]
     starts = [env.reset()[0] for env in envs]
     np.testing.assert_array_equal(starts, starts[:1] * len(goals))
-    np.testing.assert_allclose(starts[0][4:7], [0, 0.6, 0.02], atol=1e-3)  # the puck starts there in all tasks
+    np.testing.assert_allclose(
+        starts[0][4:7], [0, 0.6, 0.02], atol=1e-3
+    )  # the puck starts there in all tasks
     paid = []
     for step in range(100):
-        action = scripted(single, starts[0], goals[0]) if step < 60 else rng.uniform(-1, 1, 4).astype(np.float32)
+        action = (
+            scripted(single, starts[0], goals[0])
+            if step < 60
+            else rng.uniform(-1, 1, 4).astype(np.float32)
+        )
         steps = [env.step(action) for env in envs]
         starts[0] = steps[0][0]
         np.testing.assert_array_equal([s[0] for s in steps], [steps[0][0]] * len(goals))
@@ -171,17 +194,41 @@ def test_goal_is_not_in_the_observation(single, batched, goals):
     assert np.ptp(paid, axis=1).max() > 0.1  # but it is in the reward
 
 
-BAD = [[0.0, 0.85], [0.0] * 4, [0.0, np.nan, 0.1], [0, np.inf, 0.1], [0.11, 0.85, 0.1], [0, 0.79, 0.1], [0, 0.9, 0.31]]
+BAD = [
+    [0.0, 0.85],
+    [0.0] * 4,
+    [0.0, np.nan, 0.1],
+    [0, np.inf, 0.1],
+    [0.11, 0.85, 0.1],
+    [0, 0.79, 0.1],
+    [0, 0.9, 0.31],
+]
 
 
 @pytest.mark.parametrize(
     ("single", "task"),
     [(Reach, task) for task in [*BAD, None, 3, "abc", ["0", "0.85", "0.1"], [0, [0.85], 0.1]]]
-    + [(Push, task) for task in [[0.0, 0.85, 0.02], [0.0], [np.nan, 0.85], [0, 0.91], [-0.11, 0.85], [True, True]]],
+    + [
+        (Push, task)
+        for task in [
+            [0.0, 0.85, 0.02],
+            [0.0],
+            [np.nan, 0.85],
+            [0, 0.91],
+            [-0.11, 0.85],
+            [True, True],
+        ]
+    ],
 )
 def test_wrong_task_is_one_line(single, task):
-    for make in (single, single.check, lambda t: {Reach: BatchedReach, Push: BatchedPush}[single]([t])):
-        with pytest.raises(ValueError, match=rf"a {single.__name__} goal is \d numbers from") as error:
+    for make in (
+        single,
+        single.check,
+        lambda t: {Reach: BatchedReach, Push: BatchedPush}[single]([t]),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"a {single.__name__} goal is \d numbers from"
+        ) as error:
             make(task)
         assert "\n" not in str(error.value)
 
@@ -201,7 +248,9 @@ def test_gymnasium_accepts_the_environment(single):
         check_env(single(), skip_render_check=True)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env)), None])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env)), None]
+)
 def test_two_instances_do_not_affect_each_other(duplicate):
     env, rng = Push(PUSH[0]), np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (20, 4)).astype(np.float32)
@@ -229,11 +278,16 @@ def test_batch_equals_single_tasks(single, batched, goals):
     batch, envs = batched(goals), [single(goal) for goal in goals]
     for _ in range(2):
         states, reached = batch.reset(), np.zeros(len(goals), bool)
-        np.testing.assert_array_equal(states, np.array([env.reset()[0] for env in envs], np.float32))
+        np.testing.assert_array_equal(
+            states, np.array([env.reset()[0] for env in envs], np.float32)
+        )
         assert states.dtype == np.float32 and not batch.success.any()
         for step in range(80):
             kinds = "scripted", "random" if step < 40 else "out of range", "noisy"
-            actions = [behaviour(k, single, s, g, rng) for k, s, g in zip(kinds, states, goals, strict=True)]
+            actions = [
+                behaviour(k, single, s, g, rng)
+                for k, s, g in zip(kinds, states, goals, strict=True)
+            ]
             before = states.copy()
             after, rewards = batch.step(np.array(actions))
             np.testing.assert_array_equal(states, before)  # what was handed out does not change
@@ -243,7 +297,11 @@ def test_batch_equals_single_tasks(single, batched, goals):
             reached |= np.array([s[4]["success"] for s in steps]) == 1
             np.testing.assert_array_equal(batch.success, reached)
             states = after
-        assert rewards.dtype == np.float32 and rewards.shape == (len(goals),) and batch.success.dtype == bool
+        assert (
+            rewards.dtype == np.float32
+            and rewards.shape == (len(goals),)
+            and batch.success.dtype == bool
+        )
         assert reached[0]
 
 
@@ -263,6 +321,8 @@ def test_success_stays_until_the_reset():
 def test_batch_is_small_and_wants_an_action_for_each_task():
     batch = BatchedPush(PUSH * 100)
     assert batch.rows.nbytes < 300 * 4096  # one simulator, one model
-    assert batch.rows.shape[1] == mujoco.mj_stateSize(batch.simulator.model, mujoco.mjtState.mjSTATE_INTEGRATION)
+    assert batch.rows.shape[1] == mujoco.mj_stateSize(
+        batch.simulator.model, mujoco.mjtState.mjSTATE_INTEGRATION
+    )
     with pytest.raises(ValueError, match="zip"):
         batch.step(np.zeros((2, 4)))

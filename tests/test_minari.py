@@ -17,13 +17,26 @@ from tiny import contents, run
 
 import envs
 from collect import CollectConfig, settings_of
-from data import ARRAYS, FORMAT, file_hash, load_dataset, part_name, read_meta, sample_ad, sample_dpt
+from data import (
+    ARRAYS,
+    FORMAT,
+    file_hash,
+    load_dataset,
+    part_name,
+    read_meta,
+    sample_ad,
+    sample_dpt,
+)
 from envs import make_env
-from files import save_arrays
+from support.files import save_arrays
 
-minari = pytest.importorskip("minari", reason="Minari is an optional extra: pip install 't2mir[minari]'")
-pytest.importorskip("h5py", reason="Minari's storage is an optional extra: pip install 't2mir[minari]'")
-from minari_io import export_minari, import_minari  # noqa: E402
+minari = pytest.importorskip(
+    "minari", reason="Minari is an optional extra: pip install 't2mir[minari]'"
+)
+pytest.importorskip(
+    "h5py", reason="Minari's storage is an optional extra: pip install 't2mir[minari]'"
+)
+from tools.minari_io import export_minari, import_minari  # noqa: E402
 
 GOALS = {"train": [[0.5, -0.25], [0.1, 0.9], [-1.0, 0.3333]], "test": [[0.0, 0.0], [0.7, 0.7]]}
 E, Q, T = 4, 6, 20
@@ -34,7 +47,9 @@ def point_folder(tmp_path_factory):
     """A point-robot dataset as collect.py writes one, without experts: any float32 at all."""
     base = tmp_path_factory.mktemp("point")
     (base / "tasks.json").write_text(json.dumps(GOALS))
-    cfg = CollectConfig(env="point-robot", quality="medium", episodes=E, queries=Q, tasks=str(base / "tasks.json"))
+    cfg = CollectConfig(
+        env="point-robot", quality="medium", episodes=E, queries=Q, tasks=str(base / "tasks.json")
+    )
     folder, hashes = base / "data", []
     for i in range(3):
         rng = np.random.default_rng(i)
@@ -46,7 +61,9 @@ def point_folder(tmp_path_factory):
             "query_actions": rng.uniform(-1, 1, (Q, 2)),
         }
         part["states"][0, 0] = [-0.0, np.finfo(np.float32).max]
-        save_arrays(folder / part_name(i), {name: array.astype(np.float32) for name, array in part.items()})
+        save_arrays(
+            folder / part_name(i), {name: array.astype(np.float32) for name, array in part.items()}
+        )
         hashes.append(file_hash(folder / part_name(i)))
     meta = {"format": FORMAT, **settings_of(cfg), "horizon": T, "train_tasks": GOALS["train"]}
     meta |= {"test_tasks": GOALS["test"], "best_level": [0.1, 1 / 3, 0.7], "sha256": hashes}
@@ -58,18 +75,24 @@ def point_folder(tmp_path_factory):
 def root(point_folder, paper_folder, tmp_path_factory):
     """Minari's root with both datasets; tests only read it."""
     root = tmp_path_factory.mktemp("minari")
-    assert export_minari(paper_folder, root) == [f"t2mir/darkroom-mixed/task-{i:03d}-v0" for i in range(8)]
+    assert export_minari(paper_folder, root) == [
+        f"t2mir/darkroom-mixed/task-{i:03d}-v0" for i in range(8)
+    ]
     assert export_minari(point_folder, root)[2] == "t2mir/point-robot-medium/task-002-v0"
     return root
 
 
 # --------------------------------------------------------------------------------------- there and back
-@pytest.mark.parametrize(("name", "source"), [("point", "point-robot-medium"), ("paper", "darkroom-mixed")])
+@pytest.mark.parametrize(
+    ("name", "source"), [("point", "point-robot-medium"), ("paper", "darkroom-mixed")]
+)
 def test_round_trip_is_exact(name, source, root, request, tmp_path):
     before, after = request.getfixturevalue(f"{name}_folder"), tmp_path / "again"
     assert import_minari(root / "t2mir" / source, after) == after
     assert read_meta(after) == read_meta(before)  # and with it the checksum of every part
-    assert sorted(path.name for path in after.iterdir()) == sorted(contents(before).keys() - {".lock"})
+    assert sorted(path.name for path in after.iterdir()) == sorted(
+        contents(before).keys() - {".lock"}
+    )
     old, new = load_dataset(before), load_dataset(after)
     for key in ARRAYS:
         a, b = getattr(old, key), getattr(new, key)
@@ -90,40 +113,68 @@ def test_minari_reads_what_was_exported(root, paper_folder, paper_data, monkeypa
         dataset = minari.load_dataset(f"t2mir/darkroom-mixed/task-{i:03d}-v0")
         assert (dataset.total_episodes, dataset.total_steps) == (10, 1000)
         env = dataset.recover_environment()
-        assert (dataset.observation_space, dataset.action_space) == (env.observation_space, env.action_space)
-        assert env.spec.id == "t2mir/DarkRoom-v0" and env.unwrapped.goal.tolist() == paper_data.meta["train_tasks"][i]
+        assert (dataset.observation_space, dataset.action_space) == (
+            env.observation_space,
+            env.action_space,
+        )
+        assert (
+            env.spec.id == "t2mir/DarkRoom-v0"
+            and env.unwrapped.goal.tolist() == paper_data.meta["train_tasks"][i]
+        )
         for j, episode in enumerate(dataset):
             np.testing.assert_array_equal(episode.observations[:-1], paper_data.states[i, j])
-            assert (episode.observations[-1] == episode.observations[-2]).all()  # repeated, as its metadata says
-            assert env.observation_space.contains(episode.observations[0]) and episode.actions.dtype == np.int64
-            assert not episode.terminations.any() and episode.truncations.tolist() == [False] * 99 + [True]
+            assert (
+                episode.observations[-1] == episode.observations[-2]
+            ).all()  # repeated, as its metadata says
+            assert (
+                env.observation_space.contains(episode.observations[0])
+                and episode.actions.dtype == np.int64
+            )
+            assert not episode.terminations.any() and episode.truncations.tolist() == [
+                False
+            ] * 99 + [True]
             state, _ = env.reset()
             for t, action in enumerate(episode.actions):  # the environment plays what was recorded
                 assert (state == episode.observations[t]).all()
                 state, reward, _, truncated, _ = env.step(action)
                 assert (reward, truncated) == (episode.rewards[t], episode.truncations[t])
         own = dataset.storage.metadata["t2mir"]
-        assert own["meta"] == read_meta(paper_folder) and (own["task"], own["last_observation"]) == (i, "repeated")
+        assert own["meta"] == read_meta(paper_folder) and (
+            own["task"],
+            own["last_observation"],
+        ) == (i, "repeated")
 
 
 def test_minari_reads_a_continuous_family(root, point_folder, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    dataset, data = minari.load_dataset("t2mir/point-robot-medium/task-001-v0"), load_dataset(point_folder)
+    dataset, data = (
+        minari.load_dataset("t2mir/point-robot-medium/task-001-v0"),
+        load_dataset(point_folder),
+    )
     env = dataset.recover_environment()
-    assert env.unwrapped.goal.tolist() == GOALS["train"][1] and (len(dataset), dataset.total_steps) == (E, E * T)
-    assert dataset.observation_space == env.observation_space == make_env("point-robot", [0, 0]).observation_space
+    assert env.unwrapped.goal.tolist() == GOALS["train"][1] and (
+        len(dataset),
+        dataset.total_steps,
+    ) == (E, E * T)
+    assert (
+        dataset.observation_space
+        == env.observation_space
+        == make_env("point-robot", [0, 0]).observation_space
+    )
     assert dataset.action_space == env.action_space
     for j, episode in enumerate(dataset):
-        assert env.observation_space.contains(episode.observations[0]) and env.action_space.contains(episode.actions[0])
+        assert env.observation_space.contains(
+            episode.observations[0]
+        ) and env.action_space.contains(episode.actions[0])
         np.testing.assert_array_equal(episode.observations, data.states[1, j][[*range(T), T - 1]])
         np.testing.assert_array_equal(episode.actions, data.actions[1, j])
         np.testing.assert_array_equal(episode.rewards, data.rewards[1, j])
 
 
 CART = """
-from envs import EnvSpec
+from envs import Family
 
-SPEC = EnvSpec("my cart", 5, 2, None, 1, False, 2, 1, task_numbers=2, gym_id="", expert="sac")
+SPEC = Family("my cart", 5, 2, None, 1, False, 2, 1, task_numbers=2, gym_id="", expert="sac")
 
 
 class Batch:
@@ -145,24 +196,49 @@ def test_a_family_of_the_user_s(tmp_path, monkeypatch):
         part = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
         save_arrays(tmp_path / "data" / part_name(i), part)
         hashes.append(file_hash(tmp_path / "data" / part_name(i)))
-    meta = {"format": FORMAT, "env": env, "quality": "mixed", "recipe": "explore", "episodes": 3, "queries": 4}
+    meta = {
+        "format": FORMAT,
+        "env": env,
+        "quality": "mixed",
+        "recipe": "explore",
+        "episodes": 3,
+        "queries": 4,
+    }
     meta |= {"train_tasks": [[0.1, 0.2], [0.3, 0.4]], "test_tasks": [[0.5, 0.6]], "sha256": hashes}
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
-    refused(tmp_path, "name that file yourself", export_minari, tmp_path / "data", tmp_path / "minari")
+    refused(
+        tmp_path, "name that file yourself", export_minari, tmp_path / "data", tmp_path / "minari"
+    )
     ids = export_minari(tmp_path / "data", tmp_path / "minari", env)
     assert ids == [f"t2mir/my-cart-mixed-explore/task-00{i}-v0" for i in range(2)]
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     dataset = minari.load_dataset(ids[1])
-    assert dataset.env_spec is None and dataset.total_steps == 15 and dataset[0].observations.dtype == np.float32
+    assert (
+        dataset.env_spec is None
+        and dataset.total_steps == 15
+        and dataset[0].observations.dtype == np.float32
+    )
     (tmp_path / "cart.py").rename(tmp_path / "moved.py")
     refused(tmp_path, "a family of its own", import_minari, tmp_path / "minari", tmp_path / "again")
-    refused(tmp_path, "not of 'reach'", import_minari, tmp_path / "minari", tmp_path / "again", "reach")
+    refused(
+        tmp_path, "not of 'reach'", import_minari, tmp_path / "minari", tmp_path / "again", "reach"
+    )
     import_minari(tmp_path / "minari", tmp_path / "again", str(tmp_path / "moved.py"))
     assert read_meta(tmp_path / "again") == meta | {"env": str(tmp_path / "moved.py")}
-    (tmp_path / "tasks.json").write_text(json.dumps({"train": meta["train_tasks"], "test": meta["test_tasks"]}))
-    import_minari(tmp_path / "minari", tmp_path / "foreign", str(tmp_path / "moved.py"), tmp_path / "tasks.json")
+    (tmp_path / "tasks.json").write_text(
+        json.dumps({"train": meta["train_tasks"], "test": meta["test_tasks"]})
+    )
+    import_minari(
+        tmp_path / "minari",
+        tmp_path / "foreign",
+        str(tmp_path / "moved.py"),
+        tmp_path / "tasks.json",
+    )
     moved = str(tmp_path / "moved.py")
-    assert (load_dataset(tmp_path / "foreign", moved).states == load_dataset(tmp_path / "again", moved).states).all()
+    assert (
+        load_dataset(tmp_path / "foreign", moved).states
+        == load_dataset(tmp_path / "again", moved).states
+    ).all()
 
 
 def test_command_line(point_folder, tmp_path, monkeypatch, capsys):
@@ -170,9 +246,19 @@ def test_command_line(point_folder, tmp_path, monkeypatch, capsys):
     ended = run("minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys)
     assert ended.code == 0 and ended.out.startswith("3 Minari datasets")
     ended = run("minari_io.py", ["import", out, again, "--env", "point-robot"], monkeypatch, capsys)
-    assert ended.code == 0 and ended.out.strip() == again and read_meta(again) == read_meta(point_folder)
-    assert "never overwritten" in run("minari_io.py", ["import", out, again], monkeypatch, capsys).error
-    assert "never overwritten" in run("minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys).error
+    assert (
+        ended.code == 0
+        and ended.out.strip() == again
+        and read_meta(again) == read_meta(point_folder)
+    )
+    assert (
+        "never overwritten"
+        in run("minari_io.py", ["import", out, again], monkeypatch, capsys).error
+    )
+    assert (
+        "never overwritten"
+        in run("minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys).error
+    )
 
 
 # ---------------------------------------------------------------------------------------- made elsewhere
@@ -219,11 +305,13 @@ def named(gym_id, entry_point, task):
 
 
 def point(task):
-    return named("t2mir/PointRobot-v0", "rooms:PointRobot", task)
+    return named("t2mir/PointRobot-v0", "families.rooms:PointRobot", task)
 
 
 def tasks_file(folder, **changes):
-    (folder / "tasks.json").write_text(json.dumps({"train": GOALS["train"][:2], "test": GOALS["test"]} | changes))
+    (folder / "tasks.json").write_text(
+        json.dumps({"train": GOALS["train"][:2], "test": GOALS["test"]} | changes)
+    )
     return folder / "tasks.json"
 
 
@@ -231,7 +319,13 @@ def tasks_file(folder, **changes):
 def foreign(tmp_path, monkeypatch):
     """Two tasks of 3 and 5 episodes."""
     for i, count in enumerate((3, 5)):
-        with_buffers(tmp_path / "minari", monkeypatch, f"made/elsewhere-{i}-v0", point(GOALS["train"][i]), count)
+        with_buffers(
+            tmp_path / "minari",
+            monkeypatch,
+            f"made/elsewhere-{i}-v0",
+            point(GOALS["train"][i]),
+            count,
+        )
     tasks_file(tmp_path)
     return tmp_path / "minari"
 
@@ -239,41 +333,84 @@ def foreign(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [with_collector, with_buffers])
 def test_foreign_datasets(make, tmp_path, monkeypatch, capsys):
     if make is with_collector:
-        pytest.importorskip("jax", reason="Minari's DataCollector wants jax: pip install 'minari[create]'")
+        pytest.importorskip(
+            "jax", reason="Minari's DataCollector wants jax: pip install 'minari[create]'"
+        )
     for i, count in enumerate((3, 5)):
-        make(tmp_path / "minari", monkeypatch, f"made/elsewhere-{i}-v0", point(GOALS["train"][i]), count)
+        make(
+            tmp_path / "minari",
+            monkeypatch,
+            f"made/elsewhere-{i}-v0",
+            point(GOALS["train"][i]),
+            count,
+        )
     folders = [tmp_path / name for name in ("data", "same", "other")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
-        import_minari(tmp_path / "minari", folder, "point-robot", tasks_file(tmp_path), queries=30, seed=seed)
+        import_minari(
+            tmp_path / "minari", folder, "point-robot", tasks_file(tmp_path), queries=30, seed=seed
+        )
     assert "2 tasks x 3 episodes; 2 left out" in capsys.readouterr().out
     hashes = [read_meta(folder)["sha256"] for folder in folders]
     assert hashes[0] == hashes[1] and not set(hashes[0]) & set(hashes[2])
     data = load_dataset(folders[0], "point-robot")
-    assert (data.meta["train_tasks"], data.meta["test_tasks"]) == (GOALS["train"][:2], GOALS["test"])
-    assert data.states.shape == data.actions.shape == (2, 3, T, 2) and data.query_states.shape == (2, 30, 2)
+    assert (data.meta["train_tasks"], data.meta["test_tasks"]) == (
+        GOALS["train"][:2],
+        GOALS["test"],
+    )
+    assert data.states.shape == data.actions.shape == (2, 3, T, 2) and data.query_states.shape == (
+        2,
+        30,
+        2,
+    )
     assert {getattr(data, key).dtype for key in ARRAYS} == {torch.float32}
     for i in range(2):
-        for j, episode in zip(range(3), minari.load_dataset(f"made/elsewhere-{i}-v0"), strict=False):
-            np.testing.assert_array_equal(data.states[i, j], episode.observations[:-1].astype(np.float32))
+        for j, episode in zip(
+            range(3), minari.load_dataset(f"made/elsewhere-{i}-v0"), strict=False
+        ):
+            np.testing.assert_array_equal(
+                data.states[i, j], episode.observations[:-1].astype(np.float32)
+            )
             np.testing.assert_array_equal(data.actions[i, j], episode.actions)
             np.testing.assert_array_equal(data.rewards[i, j], episode.rewards.astype(np.float32))
-        steps = {tuple(row) for row in torch.cat([data.states[i], data.actions[i]], -1).flatten(0, 1).tolist()}
-        queries = [tuple(row) for row in torch.cat([data.query_states[i], data.query_actions[i]], -1).tolist()]
-        assert set(queries) <= steps and len(set(queries)) == 30  # different steps of the data, with what was done
+        steps = {
+            tuple(row)
+            for row in torch.cat([data.states[i], data.actions[i]], -1).flatten(0, 1).tolist()
+        }
+        queries = [
+            tuple(row)
+            for row in torch.cat([data.query_states[i], data.query_actions[i]], -1).tolist()
+        ]
+        assert (
+            set(queries) <= steps and len(set(queries)) == 30
+        )  # different steps of the data, with what was done
     rng = torch.Generator().manual_seed(0)
-    assert sample_dpt(data, 4, 2, 1, rng).prompt.steps == sample_ad(data, 4, 2, 1, rng).prompt.steps == 2 * T
+    assert (
+        sample_dpt(data, 4, 2, 1, rng).prompt.steps
+        == sample_ad(data, 4, 2, 1, rng).prompt.steps
+        == 2 * T
+    )
 
 
 def test_foreign_ids_stay_whole_numbers(tmp_path, monkeypatch):
-    room = named("t2mir/DarkRoom-v0", "rooms:DarkRoom", [1, 1])
+    room = named("t2mir/DarkRoom-v0", "families.rooms:DarkRoom", [1, 1])
     spaces = {"observation_space": room.observation_space, "action_space": room.action_space}
     with_buffers(tmp_path / "minari", monkeypatch, "room-v0", room, 2, 100, **spaces)
     tasks = tasks_file(tmp_path, train=[[1, 1]], test=[[2, 2]])
-    data = load_dataset(import_minari(tmp_path / "minari", tmp_path / "data", "darkroom", tasks), "darkroom")
+    data = load_dataset(
+        import_minari(tmp_path / "minari", tmp_path / "data", "darkroom", tasks), "darkroom"
+    )
     assert not data.states.is_floating_point() and not data.actions.is_floating_point()
     assert ((data.states[0, :, 1:] == 1).all(-1).float() == data.rewards[0, :, :-1]).all()
     tasks.write_text(json.dumps(GOALS))
-    refused(tmp_path, "a DarkRoom goal is", import_minari, tmp_path / "minari", tmp_path / "new", "darkroom", tasks)
+    refused(
+        tmp_path,
+        "a DarkRoom goal is",
+        import_minari,
+        tmp_path / "minari",
+        tmp_path / "new",
+        "darkroom",
+        tasks,
+    )
 
 
 # -------------------------------------------------------------------------------------------- wrong input
@@ -291,7 +428,13 @@ def test_missing_minari(missing, point_folder, root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     line = r"--export-minari needs Minari: pip install 't2mir\[minari\]'"
     refused(tmp_path, line, export_minari, point_folder, tmp_path / "out")
-    refused(tmp_path, "import needs Minari", import_minari, root / "t2mir/point-robot-medium", tmp_path / "out")
+    refused(
+        tmp_path,
+        "import needs Minari",
+        import_minari,
+        root / "t2mir/point-robot-medium",
+        tmp_path / "out",
+    )
 
 
 def test_export_refuses(point_folder, tmp_path):
@@ -314,20 +457,39 @@ def test_an_export_that_fails_leaves_nothing(point_folder, tmp_path, monkeypatch
 
 
 def test_import_refuses_sources_and_targets(root, foreign, tmp_path):
-    exported, new, tasks = root / "t2mir/point-robot-medium", tmp_path / "new", tmp_path / "tasks.json"
+    exported, new, tasks = (
+        root / "t2mir/point-robot-medium",
+        tmp_path / "new",
+        tmp_path / "tasks.json",
+    )
     ids = ["task-000-v0", "task-001-v0"]
     refused(tmp_path, "holds no Minari datasets", import_minari, tmp_path / "nothing", new)
     refused(tmp_path, "never overwritten", import_minari, exported, tmp_path / "minari")
-    refused(tmp_path, "holds data of 'point-robot', not of 'reach'", import_minari, exported, new, "reach")
+    refused(
+        tmp_path,
+        "holds data of 'point-robot', not of 'reach'",
+        import_minari,
+        exported,
+        new,
+        "reach",
+    )
     refused(tmp_path, "no whole Minari dataset", import_minari, exported, new, ids=["task-009-v0"])
     refused(tmp_path, "2 of the dataset's 3 tasks", import_minari, exported, new, ids=ids)
     shutil.copytree(root / "t2mir/point-robot-medium", tmp_path / "twice")
     shutil.copytree(tmp_path / "twice/task-000-v0", tmp_path / "twice/task-003-v0")
-    refused(tmp_path, "4 of the dataset's 3 tasks: all are needed, each once", import_minari, tmp_path / "twice", new)
+    refused(
+        tmp_path,
+        "4 of the dataset's 3 tasks: all are needed, each once",
+        import_minari,
+        tmp_path / "twice",
+        new,
+    )
     refused(tmp_path, "more than one dataset", import_minari, root, new)
     refused(tmp_path, "say --env and --tasks", import_minari, foreign, new)
     refused(tmp_path, "say --env and --tasks", import_minari, foreign, new, "point-robot")
-    refused(tmp_path, "unknown environment 'atlantis'", import_minari, foreign, new, "atlantis", tasks)
+    refused(
+        tmp_path, "unknown environment 'atlantis'", import_minari, foreign, new, "atlantis", tasks
+    )
     line = r"elsewhere-0-v0 holds data of 't2mir/PointRobot-v0', not of cheetah-vel \('t2mir/CheetahVel-v0'\)"
     velocities = tmp_path / "velocities.json"
     velocities.write_text('{"train": [1.0, 2.0], "test": [3.0]}')
@@ -340,7 +502,10 @@ def test_import_refuses_sources_and_targets(root, foreign, tmp_path):
     [
         ({"train": GOALS["train"]}, "names 3 training tasks, and there are 2 datasets"),
         ({"train": GOALS["train"][:1]}, "names 1 training tasks, and there are 2 datasets"),
-        ({"train": GOALS["train"][1::-1]}, r"elsewhere-0-v0 was made in task \[0.5, -0.25\], and .* says \[0.1, 0.9\]"),
+        (
+            {"train": GOALS["train"][1::-1]},
+            r"elsewhere-0-v0 was made in task \[0.5, -0.25\], and .* says \[0.1, 0.9\]",
+        ),
         ({"train": [[0.5], [0.1]]}, "a task of point-robot is 2 numbers"),
         ({"test": []}, "names no test tasks"),
         ({"test": GOALS["train"][:1]}, "holds out"),
@@ -355,11 +520,15 @@ def test_import_refuses_episodes(foreign, tmp_path, monkeypatch):
     import_it = (import_minari, foreign, tmp_path / "new", "point-robot", tmp_path / "tasks.json")
     shutil.rmtree(foreign / "made/elsewhere-1-v0")
     for steps in (T - 1, T + 1):
-        with_buffers(foreign, monkeypatch, "made/elsewhere-1-v0", point(GOALS["train"][1]), 2, steps)
+        with_buffers(
+            foreign, monkeypatch, "made/elsewhere-1-v0", point(GOALS["train"][1]), 2, steps
+        )
         line = f"elsewhere-1-v0: episode 0 has {steps} steps, those of point-robot have {T}"
         refused(tmp_path, line, *import_it)
         shutil.rmtree(foreign / "made/elsewhere-1-v0")
-    wide = gym.wrappers.TransformObservation(point(GOALS["train"][1]), lambda x: np.append(x, 0), None)
+    wide = gym.wrappers.TransformObservation(
+        point(GOALS["train"][1]), lambda x: np.append(x, 0), None
+    )
     box = {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": wide.action_space}
     with_buffers(foreign, monkeypatch, "made/elsewhere-1-v0", wide, 2, **box)
     refused(tmp_path, r"observations of episode 0 have shape \(21, 3\), not \(21, 2\)", *import_it)
@@ -390,7 +559,9 @@ def test_import_refuses_what_was_changed_after_its_export(copied, tmp_path):
         queries = dict(file)
     save_arrays(data / "queries.npz", {**queries, "query_actions": -queries["query_actions"]})
     refused(tmp_path, "task-001-v0 is not as it was exported .*checksum", *import_it)
-    np.savez(data / "queries.npz", **{**queries, "query_actions": np.array([envs], dtype=object)[:0]})
+    np.savez(
+        data / "queries.npz", **{**queries, "query_actions": np.array([envs], dtype=object)[:0]}
+    )
     refused(tmp_path, "task-001-v0 is not as it was exported .*pickle", *import_it)
     (data / "queries.npz").unlink()
     refused(tmp_path, "task-001-v0 is not as it was exported", *import_it)

@@ -16,16 +16,25 @@ from torch.testing import assert_close
 
 import models
 from data import ADBatch, DPTBatch, Prompt
+from families.rooms import BatchedDarkRoom
 from models import T2MIR, ModelConfig, attention
 from policies import ADPolicy, DPTPolicy, concatenate, sort_and_drop
-from rooms import BatchedDarkRoom
 from train import imitation_loss
 
 T, N, A = 3, 6, 3  # horizon, steps of a prompt (two episodes), actions
 CONTINUOUS = {"state_dim": 3, "state_values": None, "action_dim": 2, "discrete_actions": False}
-LAYOUTS, POSITIONS = ("ad", "first", "last"), ("top", "middle", "bottom")  # DPT by the place of its query
-PAIRS = [("none", "sequence"), ("token", "sequence"), *product(("task", "both"), ("prefix", "token"))]
-CAUSAL = [{"moe": m, "routing": r} for m, r in PAIRS]  # with these, the past alone makes a prediction
+LAYOUTS, POSITIONS = (
+    ("ad", "first", "last"),
+    ("top", "middle", "bottom"),
+)  # DPT by the place of its query
+PAIRS = [
+    ("none", "sequence"),
+    ("token", "sequence"),
+    *product(("task", "both"), ("prefix", "token")),
+]
+CAUSAL = [
+    {"moe": m, "routing": r} for m, r in PAIRS
+]  # with these, the past alone makes a prediction
 EQ4 = [{"moe": m, "routing": "sequence"} for m in ("task", "both")]
 SHIFTS = [{"token_shift": False}, {"token_shift": True}]
 EVERY = [g | {"moe_position": p} | s for g, p, s in product(CAUSAL, POSITIONS, SHIFTS)]
@@ -38,8 +47,21 @@ def name(value):
 
 
 def config(layout="ad", **changes):
-    small = {"horizon": T, "state_dim": 2, "state_values": (4, 5), "action_dim": A, "discrete_actions": True}
-    small |= {"layers": 4, "heads": 2, "width": 16, "ff": 24, "token_experts": 4, "token_hidden": 32}
+    small = {
+        "horizon": T,
+        "state_dim": 2,
+        "state_values": (4, 5),
+        "action_dim": A,
+        "discrete_actions": True,
+    }
+    small |= {
+        "layers": 4,
+        "heads": 2,
+        "width": 16,
+        "ff": 24,
+        "token_experts": 4,
+        "token_hidden": 32,
+    }
     small |= {"task_experts": 5, "task_hidden": 40}
     place = {} if layout == "ad" else {"query_position": layout}
     return ModelConfig("ad" if layout == "ad" else "dpt", **(small | place | changes))
@@ -64,17 +86,24 @@ def draw(cfg, rows=2, steps=N, queries=1):
     def states(n):
         if cfg.state_values is None:
             return torch.randn(rows, n, cfg.state_dim, generator=g)
-        return torch.stack([torch.randint(size, (rows, n), generator=g) for size in cfg.state_values], -1)
+        return torch.stack(
+            [torch.randint(size, (rows, n), generator=g) for size in cfg.state_values], -1
+        )
 
     def actions(n):
         if cfg.discrete_actions:
             return torch.randint(cfg.action_dim, (rows, n), generator=g)
         return torch.rand(rows, n, cfg.action_dim, generator=g) * 1.6 - 0.8
 
-    prompt, task = Prompt(states(steps), actions(steps), torch.randn(rows, steps, generator=g)), torch.arange(rows) // 2
+    prompt, task = (
+        Prompt(states(steps), actions(steps), torch.randn(rows, steps, generator=g)),
+        torch.arange(rows) // 2,
+    )
     if cfg.backbone == "ad":
         return ADBatch(prompt, task)
-    return DPTBatch(prompt, task, states(queries), actions(queries), torch.full((rows, queries), steps))
+    return DPTBatch(
+        prompt, task, states(queries), actions(queries), torch.full((rows, queries), steps)
+    )
 
 
 def cut(prompt, end, start=0):
@@ -87,7 +116,11 @@ def slow_attention(q, k, v, sees=None):
     outputs = []
     for i in range(q.shape[2]):
         score = (q[:, :, i, None] * k).sum(-1) / q.shape[3] ** 0.5  # (B, H, S')
-        hidden = torch.arange(k.shape[2]) > i + k.shape[2] - q.shape[2] if sees is None else ~sees[:, :, i]
+        hidden = (
+            torch.arange(k.shape[2]) > i + k.shape[2] - q.shape[2]
+            if sees is None
+            else ~sees[:, :, i]
+        )
         outputs.append((score.masked_fill(hidden, -torch.inf).softmax(-1)[..., None] * v).sum(2))
     return torch.stack(outputs, 2)
 
@@ -98,7 +131,9 @@ def qkv(s, keys, d, **options):
 
 
 @pytest.mark.parametrize("d", [8, 16, 32])
-@pytest.mark.parametrize("s, keys, masked", [(7, 7, False), (3, 7, False), (1, 7, False), (1, 1, False), (4, 7, True)])
+@pytest.mark.parametrize(
+    "s, keys, masked", [(7, 7, False), (3, 7, False), (1, 7, False), (1, 1, False), (4, 7, True)]
+)
 def test_attention_matches_loop(s, keys, masked, d):
     leaves, mask = [x.requires_grad_() for x in qkv(s, keys, d)], None
     if masked:
@@ -107,7 +142,11 @@ def test_attention_matches_loop(s, keys, masked, d):
     fast, slow = (f(*leaves, mask) for f in (attention, slow_attention))
     assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     direction = torch.randn(2, 3, s, d)
-    assert_close(*(torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)), atol=1e-5, rtol=1e-4)
+    assert_close(
+        *(torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 class OnCuda(torch.Tensor):
@@ -125,9 +164,13 @@ def flash(monkeypatch):
         assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
         assert causal and not dropout_p and not options
         q, k, v = (x.as_subclass(torch.Tensor) for x in (q, k, v))  # (B, S, H, d)
-        score = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * (softmax_scale or q.shape[-1] ** -0.5)
+        score = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * (
+            softmax_scale or q.shape[-1] ** -0.5
+        )
         i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
-        score = score.masked_fill(j > i + k.shape[1] - q.shape[1], -torch.inf)  # aligned bottom right
+        score = score.masked_fill(
+            j > i + k.shape[1] - q.shape[1], -torch.inf
+        )  # aligned bottom right
         calls.append((q.shape[1], k.shape[1]))
         return torch.einsum("bhij,bjhd->bihd", score.softmax(-1), v.float()).to(q.dtype)
 
@@ -210,14 +253,23 @@ def test_moe_replaces_one_feed_forward_layer():
 
 def test_plain_model_has_as_many_active_weights():
     # k = 2 experts of 128 hidden units in each half: 2 * 2 * 128 * (64 + 32) = 49152 = 2 * 64 * 384.
-    size = {"width": 64, "ff": 256, "token_experts": 6, "task_experts": 12, "token_hidden": 768, "task_hidden": 1536}
+    size = {
+        "width": 64,
+        "ff": 256,
+        "token_experts": 6,
+        "task_experts": 12,
+        "token_hidden": 768,
+        "task_hidden": 1536,
+    }
     plain, moe = (T2MIR(config(moe=m, **size)).blocks[-1].ff for m in ("none", "both"))
     active = sum(2 * (e.w1[0].numel() + e.w2[0].numel()) for e in (moe.token, moe.task))
     assert active == 49152 == sum(p.numel() for p in plain.parameters() if p.dim() == 2)
 
 
 @pytest.mark.parametrize("kind", [{}, CONTINUOUS], ids=["discrete", "continuous"])
-@pytest.mark.parametrize("layout, first", [("ad", 0), ("first", 1)])  # times 0..T-1, or 1..T and 0 for the query
+@pytest.mark.parametrize(
+    "layout, first", [("ad", 0), ("first", 1)]
+)  # times 0..T-1, or 1..T and 0 for the query
 def test_eq9_eq11_prompt_embedding_matches_loop(layout, first, kind):
     model = build(cfg := config(layout, **kind))
     prompt, time = draw(cfg, steps=N + 1).prompt, model.embed_time.weight
@@ -230,10 +282,15 @@ def test_eq9_eq11_prompt_embedding_matches_loop(layout, first, kind):
             s, a, r = prompt.states[:, t : t + 1], prompt.actions[:, t], prompt.rewards[:, t, None]
             tokens = [
                 model.embed_query(s)[:, 0] - time[0],
-                (model.embed_action(a) if kind else model.embed_action.weight[a]) + model.embed_modality[1],
-                r * model.embed_reward.weight[:, 0] + model.embed_reward.bias + model.embed_modality[2],
+                (model.embed_action(a) if kind else model.embed_action.weight[a])
+                + model.embed_modality[1],
+                r * model.embed_reward.weight[:, 0]
+                + model.embed_reward.bias
+                + model.embed_modality[2],
             ]
-            want += [token + time[first + (start + t) % T] for token in tokens]  # restarts with every episode
+            want += [
+                token + time[first + (start + t) % T] for token in tokens
+            ]  # restarts with every episode
         near(model.embed_prompt(cut(prompt, steps), start), torch.stack(want, 1))
 
 
@@ -241,7 +298,9 @@ def test_grid_coordinates_are_embedded_one_by_one_and_added():
     cells = torch.cartesian_prod(torch.arange(4), torch.arange(5))
     e = build(config()).embed_query(cells[None])[0].view(4, 5, -1)
     near(e - e[:, :1], (e - e[:, :1])[:1].expand_as(e))  # y says the same in every column
-    assert torch.linalg.matrix_rank(e.flatten(0, 1)) == 1 + 3 + 4  # and every x and every y something else
+    assert (
+        torch.linalg.matrix_rank(e.flatten(0, 1)) == 1 + 3 + 4
+    )  # and every x and every y something else
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,7 +320,8 @@ def test_token_shift_stays_within_an_episode_and_spares_queries(layout):
 
 @pytest.mark.parametrize("kind", [{}, CONTINUOUS], ids=["discrete", "continuous"])
 @pytest.mark.parametrize(
-    "layout, queries, reads, before, after", [("ad", 1, N, 0, 0), ("first", 1, N + 1, 1, 0), ("last", 4, 4, 0, 4)]
+    "layout, queries, reads, before, after",
+    [("ad", 1, N, 0, 0), ("first", 1, N + 1, 1, 0), ("last", 4, 4, 0, 4)],
 )
 def test_eq10_eq11_read_outs(layout, queries, reads, before, after, kind):
     model, seen = build(cfg := config(layout, **kind)), []
@@ -288,7 +348,9 @@ def test_eq4_what_the_task_router_reads(layout, routing):
     model, seen = build(cfg := config(layout, routing=routing)), {}
     batch, block = draw(cfg, rows=4, queries=3 if layout == "last" else 1), model.blocks[-1]
     block.norm2.register_forward_hook(lambda module, inputs, output: seen.update(h=output))
-    block.ff.task_router.register_forward_pre_hook(lambda module, inputs: seen.update(h_bar=inputs[0]))
+    block.ff.task_router.register_forward_pre_hook(
+        lambda module, inputs: seen.update(h_bar=inputs[0])
+    )
     if layout == "last":
         batch.visible[:, 1:] = torch.tensor([0, 4])
     output, h = model(batch), seen["h"]
@@ -296,10 +358,15 @@ def test_eq4_what_the_task_router_reads(layout, routing):
     past = [h[:, : i + 1] for i in read]
     if layout == "last":  # a query is a sequence of its own: what it sees, and itself
         whole, read = h[:, : 3 * N], range(3 * N, 3 * N + 3)
-        past = [torch.cat([h[:, : 3 * m], h[:, i, None]], 1) for m, i in zip((N, 0, 4), read, strict=True)]
+        past = [
+            torch.cat([h[:, : 3 * m], h[:, i, None]], 1)
+            for m, i in zip((N, 0, 4), read, strict=True)
+        ]
     want = h[:, list(read)] if routing == "token" else torch.stack([p.mean(1) for p in past], 1)
     near(seen["h_bar"], h.mean(1) if routing == "sequence" and layout != "last" else want)
-    want = block.ff.task_router.contrast(whole if routing == "token" else whole.mean(1), batch.task)  # Eq. 7
+    want = block.ff.task_router.contrast(
+        whole if routing == "token" else whole.mean(1), batch.task
+    )  # Eq. 7
     near((output.contrastive, output.accuracy), want)
 
 
@@ -308,7 +375,10 @@ def test_eq4_what_the_task_router_reads(layout, routing):
 def changes_by_token(cfg, batch):
     """Which prediction changes when one token of the prompt does, (3n, R) bool; one row of a batch each."""
     n = 3 * batch.prompt.steps
-    wide = {k: getattr(batch.prompt, k)[:1].repeat_interleave(n + 1, 0) for k in ("states", "actions", "rewards")}
+    wide = {
+        k: getattr(batch.prompt, k)[:1].repeat_interleave(n + 1, 0)
+        for k in ("states", "actions", "rewards")
+    }
     for i in range(n):
         key, token = list(wide.items())[i % 3]
         sizes = {"states": torch.tensor(cfg.state_values or 1), "actions": cfg.action_dim}.get(key)
@@ -316,14 +386,21 @@ def changes_by_token(cfg, batch):
         token[i, i // 3] = new if token.is_floating_point() else new % sizes
     parts = {"prompt": Prompt(**wide), "task": None}
     if cfg.backbone == "dpt":
-        parts |= {k: getattr(batch, k)[:1].repeat_interleave(n + 1, 0) for k in ("query_states", "visible")}
+        parts |= {
+            k: getattr(batch, k)[:1].repeat_interleave(n + 1, 0)
+            for k in ("query_states", "visible")
+        }
     action = build(cfg)(replace(batch, **parts)).action
     return (action[:-1] - action[-1]).abs().amax(-1) > 1e-5
 
 
 # AD reads at s_t (its own a_t and r_t come later), DPT at q and at every s_t, or at queries of a given sight.
 SIGHT = {"ad": [*range(1, 3 * N, 3)], "first": [0, *range(1, 3 * N, 3)], "last": [3 * N, 0, 3, 12]}
-CASES = [*product(("ad", "first"), EVERY), *product(["last"], CACHEABLE), ("ad", CAUSAL[-1] | CONTINUOUS)]
+CASES = [
+    *product(("ad", "first"), EVERY),
+    *product(["last"], CACHEABLE),
+    ("ad", CAUSAL[-1] | CONTINUOUS),
+]
 
 
 @pytest.mark.parametrize("layout, gate", CASES, ids=name)
@@ -331,7 +408,9 @@ def test_prediction_depends_on_the_past_alone(layout, gate):
     batch = draw(cfg := config(layout, **gate), queries=4 if layout == "last" else 1)
     if layout == "last":
         batch.visible[:] = torch.tensor(SIGHT["last"]) // 3
-    assert torch.equal(changes_by_token(cfg, batch), torch.arange(3 * N)[:, None] < torch.tensor(SIGHT[layout]))
+    assert torch.equal(
+        changes_by_token(cfg, batch), torch.arange(3 * N)[:, None] < torch.tensor(SIGHT[layout])
+    )
 
 
 @pytest.mark.parametrize("gate, position", [*product(EQ4, POSITIONS)])
@@ -350,19 +429,32 @@ def test_last_queries_see_the_visible_prompt_and_not_one_another(gate):
     moved[:, 1] = (moved[:, 1] + 1) % torch.tensor(cfg.state_values)
     changed = (model(replace(batch, query_states=moved)).action - want).abs().amax((0, 2)) > 1e-5
     assert changed.tolist() == [False, True, False, False]
-    permuted = replace(batch, query_states=batch.query_states[:, order], visible=batch.visible[:, order])
+    permuted = replace(
+        batch, query_states=batch.query_states[:, order], visible=batch.visible[:, order]
+    )
     near(model(permuted).action, want[:, order])
     for i, m in enumerate(batch.visible[0].tolist()):  # as if there were no more of the prompt
-        one = {"query_states": batch.query_states[:, i : i + 1], "visible": batch.visible[:, i : i + 1]}
-        near(model(replace(batch, prompt=cut(batch.prompt, m), task=None, **one)).action, want[:, i : i + 1])
+        one = {
+            "query_states": batch.query_states[:, i : i + 1],
+            "visible": batch.visible[:, i : i + 1],
+        }
+        near(
+            model(replace(batch, prompt=cut(batch.prompt, m), task=None, **one)).action,
+            want[:, i : i + 1],
+        )
 
 
 # ------------------------------------------------------------------------------------------ decoding with a cache
 @pytest.mark.parametrize("gate", CACHEABLE, ids=name)
 @torch.no_grad()
 def test_cached_ad_equals_the_full_forward_pass(gate):
-    model, batch = build(cfg := config(**gate)), draw(config(), steps=N + 2)  # the third episode has begun
-    twin = build(replace(cfg, routing="prefix") if cfg.routing == "sequence" else cfg)  # Eq. 4 of what is past
+    model, batch = (
+        build(cfg := config(**gate)),
+        draw(config(), steps=N + 2),
+    )  # the third episode has begun
+    twin = build(
+        replace(cfg, routing="prefix") if cfg.routing == "sequence" else cfg
+    )  # Eq. 4 of what is past
     want, tokens = twin(batch).action, model.embed_prompt(batch.prompt)
     cache = model.new_cache(2, 1)  # one token at a time, from the smallest capacity
     for i in range(3 * N + 4):
@@ -370,13 +462,18 @@ def test_cached_ad_equals_the_full_forward_pass(gate):
         if i % 3 == 0:
             near(action, want[:, i // 3])
     assert cache.length == 3 * N + 4 <= cache.k[0].shape[2]
-    cache = model.new_cache(2, 3 * N)  # as ADPolicy does it: whole episodes, then s_0, then a_0 r_0 s_1
+    cache = model.new_cache(
+        2, 3 * N
+    )  # as ADPolicy does it: whole episodes, then s_0, then a_0 r_0 s_1
     model.feed(model.embed_prompt(cut(batch.prompt, N)), cache)
     now = model.embed_prompt(cut(batch.prompt, N + 2, N))
     near(model.feed(now[:, :1], cache), want[:, N])
     near(model.feed(now[:, 1:4], cache), want[:, N + 1])
     for t in (0, 3, N + 1):
-        batch.prompt.actions[:, t], batch.prompt.rewards[:, t] = 0, 9.0  # those of the last step are not read
+        batch.prompt.actions[:, t], batch.prompt.rewards[:, t] = (
+            0,
+            9.0,
+        )  # those of the last step are not read
         near(model.last_action(cut(batch.prompt, t + 1)), want[:, t])
         batch = draw(cfg, steps=N + 2)
 
@@ -392,12 +489,19 @@ def test_cached_dpt_query_equals_the_full_forward_pass_and_leaves_no_trace(gate)
 
     for steps in (0, T, T + 1, N):
         if new := steps - cache.length // 3:
-            model.feed(model.embed_prompt(cut(batch.prompt, steps, steps - new), steps - new), cache)
+            model.feed(
+                model.embed_prompt(cut(batch.prompt, steps, steps - new), steps - new), cache
+            )
         before = [x.clone() for x in content()]
         visible = torch.full_like(batch.visible, steps)
-        want = model(replace(batch, prompt=cut(batch.prompt, steps), task=None, visible=visible)).action
+        want = model(
+            replace(batch, prompt=cut(batch.prompt, steps), task=None, visible=visible)
+        ).action
         for i in range(3):
-            near(model.feed(model.embed_query(batch.query_states[:, i : i + 1]), cache, keep=False), want[:, i])
+            near(
+                model.feed(model.embed_query(batch.query_states[:, i : i + 1]), cache, keep=False),
+                want[:, i],
+            )
         assert cache.length == 3 * steps and all(map(torch.equal, before, content()))
 
 
@@ -422,7 +526,9 @@ GOALS = STARTS + [[1, 0], [-1, 0], [0, 1]] * 3  # one step away: even a random m
 def play(make, **options):
     """Four short episodes of greedy play in the DarkRoom: policy, predictions and the episodes."""
     model = build(cfg := config(**options, **ROOM))
-    model.head.bias.data -= model(draw(cfg, rows=8, steps=10)).action.mean((0, 1))  # no favourite action
+    model.head.bias.data -= model(draw(cfg, rows=8, steps=10)).action.mean(
+        (0, 1)
+    )  # no favourite action
     room, policy, history, predictions = BatchedDarkRoom(GOALS), make(model), [], []
     choose = policy.action
     policy.action = lambda logits: (predictions.append(logits.clone()), choose(logits))[1]
@@ -442,11 +548,15 @@ def play(make, **options):
     return policy, predictions, history
 
 
-@pytest.mark.parametrize("gate", [g | s for g, s in product((EQ4[-1], CAUSAL[-2]), SHIFTS)], ids=name)
+@pytest.mark.parametrize(
+    "gate", [g | s for g, s in product((EQ4[-1], CAUSAL[-2]), SHIFTS)], ids=name
+)
 @torch.no_grad()
 def test_algorithm2_plays_the_same_with_and_without_a_cache(monkeypatch, gate):
     policy, cached, history = play(lambda model: ADPolicy(model, keep=2, greedy=True), **gate)
-    for kept, want in zip(policy.kept, sort_and_drop(history[:3], 2), strict=True):  # those of the fourth episode
+    for kept, want in zip(
+        policy.kept, sort_and_drop(history[:3], 2), strict=True
+    ):  # those of the fourth episode
         assert torch.equal(kept.actions, want.actions)
     monkeypatch.setattr(ModelConfig, "cacheable", property(lambda self: False))
     monkeypatch.setattr(T2MIR, "feed", None)
@@ -459,9 +569,13 @@ def test_algorithm2_plays_the_same_with_and_without_a_cache(monkeypatch, gate):
 @pytest.mark.parametrize("layout", ["first", "last"])
 @torch.no_grad()
 def test_algorithm4_plays_what_the_full_forward_pass_predicts(layout, memory):
-    policy, found, history = play(lambda m: DPTPolicy(m, memory, greedy=True), layout=layout, token_shift=True)
+    policy, found, history = play(
+        lambda m: DPTPolicy(m, memory, greedy=True), layout=layout, token_shift=True
+    )
     for i, logits in enumerate(found):
-        e, t = divmod(i, 10)  # the first episode has no prompt; later ones the one before, or all of them
+        e, t = divmod(
+            i, 10
+        )  # the first episode has no prompt; later ones the one before, or all of them
         past = concatenate(history[max(0, e - 1) if memory == "last" else 0 : max(1, e)])
         past, state = past if e else cut(past, 0), history[e].states[:, t, None]
         batch = DPTBatch(past, None, state, None, torch.full((len(GOALS), 1), past.steps))
@@ -477,10 +591,14 @@ def test_dropout_drops_that_share_and_keeps_the_mean(p):
     y = drop(x)
     share, n = (y == 0).float().mean().item(), x.numel()
     assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5 + 2**-16
-    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(1 / (1 - p), rel=2e-3 if p < 0.9 else 20)
+    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(
+        1 / (1 - p), rel=2e-3 if p < 0.9 else 20
+    )
     assert y.mean().item() == pytest.approx(1.0, abs=4 * (p / max(1 - p, 2**-16) / n) ** 0.5)
     assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach())  # the same mask and scale
-    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()  # four come from one number
+    neighbours = (
+        ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()
+    )  # four come from one number
     assert abs(neighbours - share**2) < 0.005
     assert (drop(x) != y).any() and (drop.eval()(x) == x).all()
 
@@ -489,14 +607,24 @@ def test_algorithm2_sort_and_drop_by_hand():
     # K = 3. Returns of task 0: 3 1 1 2 1, of task 1: 0 0 5 0 0; below, the numbers of the episodes kept.
     kept, played = [], [(3.0, 0.0), (1.0, 0.0), (1.0, 5.0), (2.0, 0.0), (1.0, 0.0)]
     # Fourth: of the equally low episodes the oldest goes (task 0: 1 before 2; task 1: 0 before 1 and 3).
-    want = [[[0], [0]], [[1, 0], [0, 1]], [[1, 2, 0], [0, 1, 2]], [[2, 3, 0], [1, 3, 2]], [[4, 3, 0], [3, 4, 2]]]
+    want = [
+        [[0], [0]],
+        [[1, 0], [0, 1]],
+        [[1, 2, 0], [0, 1, 2]],
+        [[2, 3, 0], [1, 3, 2]],
+        [[4, 3, 0], [3, 4, 2]],
+    ]
     for i, (returns, numbers) in enumerate(zip(played, want, strict=True)):
         rewards = torch.tensor([[r - 1, 1.0] for r in returns])
-        kept = sort_and_drop([*kept, Prompt(torch.full((2, 2, 1), i), torch.full((2, 2), i), rewards)], 3)
+        kept = sort_and_drop(
+            [*kept, Prompt(torch.full((2, 2, 1), i), torch.full((2, 2), i), rewards)], 3
+        )
         assert torch.stack([p.actions[:, 0] for p in kept], 1).tolist() == numbers
         for p in kept:
             assert torch.equal(p.states[..., 0], p.actions)
-            assert p.rewards.sum(1).tolist() == [played[n][task] for task, n in enumerate(p.actions[:, 0])]
+            assert p.rewards.sum(1).tolist() == [
+                played[n][task] for task, n in enumerate(p.actions[:, 0])
+            ]
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -529,7 +657,12 @@ def test_every_parameter_but_the_key_router_is_trained(layout, gate):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eval_mode_is_deterministic_and_train_mode_is_noisy(layout):
     batch = draw(config(layout))
-    for moe, dropout, noisy in (("both", 0.0, True), ("token", 0.0, True), ("task", 0.0, False), ("none", 0.3, True)):
+    for moe, dropout, noisy in (
+        ("both", 0.0, True),
+        ("token", 0.0, True),
+        ("task", 0.0, False),
+        ("none", 0.3, True),
+    ):
         model = build(config(layout, moe=moe, dropout=dropout))
         quiet = model(batch)
         assert torch.equal(quiet.action, model(batch).action) and quiet.balance == 0
@@ -538,7 +671,9 @@ def test_eval_mode_is_deterministic_and_train_mode_is_noisy(layout):
         assert bool(loud.balance > 0) == (moe in ("both", "token"))
 
 
-@pytest.mark.parametrize("layout, kind", [*product(LAYOUTS, [{}]), ("ad", CONTINUOUS), ("last", CONTINUOUS)], ids=name)
+@pytest.mark.parametrize(
+    "layout, kind", [*product(LAYOUTS, [{}]), ("ad", CONTINUOUS), ("last", CONTINUOUS)], ids=name
+)
 def test_one_batch_is_learnt_by_heart(layout, kind):
     cfg = config(layout, layers=2, width=32, ff=64, **kind)
     batch = draw(cfg, rows=4, queries=3 if layout == "last" else 1)
@@ -555,5 +690,8 @@ def test_one_batch_is_learnt_by_heart(layout, kind):
         losses.append(train_step(model, batch))
         optimizer.step()
     assert losses[0] > 0.3 and sum(losses[-10:]) / 10 < 0.02
-    action, label = model.eval()(batch).action, batch.prompt.actions if layout == "ad" else batch.query_actions
+    action, label = (
+        model.eval()(batch).action,
+        batch.prompt.actions if layout == "ad" else batch.query_actions,
+    )
     assert (action - label).abs().max() < 0.2 if kind else (action.argmax(-1) == label).all()

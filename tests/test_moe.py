@@ -48,7 +48,9 @@ def slow_mixture(e, x, index, weight):
             a = e.b1[i, f] + sum(x[d] * e.w1[i, d, f] for d in range(len(x)))
             hidden.append(a * 0.5 * (1 + torch.erf(a / math.sqrt(2))))  # GELU
         for o in range(len(y)):
-            y[o] = y[o] + w * (e.b2[i, o] + sum(hidden[f] * e.w2[i, f, o] for f in range(len(hidden))))
+            y[o] = y[o] + w * (
+                e.b2[i, o] + sum(hidden[f] * e.w2[i, f, o] for f in range(len(hidden)))
+            )
     return torch.stack(y)
 
 
@@ -102,7 +104,9 @@ def test_eq4_sequences_matches_loop(k):
     def slow(x, logits):
         gate = eq1_top_k_gate(logits, k)
         rows = zip(x, gate.index, gate.weight, strict=True)
-        return torch.stack([torch.stack([slow_mixture(e, t, i, w) for t in row]) for row, i, w in rows])
+        return torch.stack(
+            [torch.stack([slow_mixture(e, t, i, w) for t in row]) for row, i, w in rows]
+        )
 
     assert_same(e, fast, slow, draw(2, 3, D), 2 * draw(2, K, seed=1))
 
@@ -123,7 +127,14 @@ def test_eq4_short_rows_and_long_ones_agree(steps):
         x, logits = draw(B, steps, D).requires_grad_(), draw(B, 4, seed=1).requires_grad_()
         gate = eq1_top_k_gate(logits, 2)
         y = m._by_task(x, gate) if way is None else way(x, gate)
-        found.append([y, *torch.autograd.grad((y * draw(*y.shape, seed=2)).sum(), (x, logits, *m.task.parameters()))])
+        found.append(
+            [
+                y,
+                *torch.autograd.grad(
+                    (y * draw(*y.shape, seed=2)).sum(), (x, logits, *m.task.parameters())
+                ),
+            ]
+        )
     for own, other in zip(*found, strict=True):
         assert_close(own, other)
 
@@ -131,7 +142,9 @@ def test_eq4_short_rows_and_long_ones_agree(steps):
 def test_eq2_all_experts_is_a_softmax_mixture():
     e, x, logits = experts(), draw(7, D), draw(7, K, seed=1)
     every = torch.stack([e.one(i, x) for i in range(K)], 1)  # (N, K, D_out)
-    assert_close(e.tokens(x, eq1_top_k_gate(logits, K)), (logits.softmax(-1)[..., None] * every).sum(1))
+    assert_close(
+        e.tokens(x, eq1_top_k_gate(logits, K)), (logits.softmax(-1)[..., None] * every).sum(1)
+    )
 
 
 def test_eq2_permuting_experts_changes_nothing():
@@ -170,7 +183,9 @@ def test_eq2_eq4_layer_matches_loop(kind, gates):
                 z = moe.task_router.query(h_bar[b] if gates == 2 else h_bar[b, t])
                 gate = eq1_top_k_gate(z, 2)
                 parts.append(slow_mixture(moe.task, h[b, t], gate.index, gate.weight))
-                assert (out.task_expert[b] if gates == 2 else out.task_expert[b, t]).tolist() == gate.index.tolist()
+                assert (
+                    out.task_expert[b] if gates == 2 else out.task_expert[b, t]
+                ).tolist() == gate.index.tolist()
             assert [len(p) for p in parts] == ([D // 2, D // 2] if kind == "both" else [D])
             want.append(torch.cat(parts))  # token | task
     want = torch.stack(want).view(2, 4, D)
@@ -206,7 +221,9 @@ def test_layer_reads_the_tokens_of_the_full_output(kind, gates):
         assert torch.equal(part.token_expert, full.token_expert)  # routed: all tokens, read or not
         assert part.token_expert.shape[:2] == (B, S)
     if kind != "token":
-        assert torch.equal(part.task_expert, full.task_expert if gates == 2 else full.task_expert[:, READ])
+        assert torch.equal(
+            part.task_expert, full.task_expert if gates == 2 else full.task_expert[:, READ]
+        )
 
 
 def test_eq3_layer_balance_is_over_all_tokens():
@@ -246,9 +263,17 @@ def test_eq4_layer_row_gate_depends_on_h_bar_alone():
 def test_layer_trains_both_routers_through_the_gates():
     moe, h = layer("both").train(), draw(B, S, D)
     moe(h, h.mean(1)).y.square().sum().backward()
-    trained = {n for n, p in moe.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    idle = {n for n, _ in moe.named_parameters() if n.startswith("task_router.key") or n == "task_router.w"}
-    assert trained == {n for n, _ in moe.named_parameters()} - idle  # Eq. 7 trains W, Eq. 8 moves the key
+    trained = {
+        n for n, p in moe.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
+    idle = {
+        n
+        for n, _ in moe.named_parameters()
+        if n.startswith("task_router.key") or n == "task_router.w"
+    }
+    assert (
+        trained == {n for n, _ in moe.named_parameters()} - idle
+    )  # Eq. 7 trains W, Eq. 8 moves the key
 
 
 def test_layer_routes_in_float32_under_autocast():
@@ -260,7 +285,9 @@ def test_layer_routes_in_float32_under_autocast():
     assert z.dtype == logits.dtype == low.balance.dtype == torch.float32
     assert torch.equal(z, moe.task_router(h.mean(1)))
     assert torch.equal(logits, moe.token_router(h.flatten(0, 1))[1])
-    assert torch.equal(low.token_expert, want.token_expert) and torch.equal(low.task_expert, want.task_expert)
+    assert torch.equal(low.token_expert, want.token_expert) and torch.equal(
+        low.task_expert, want.task_expert
+    )
     assert not torch.equal(low.y.float(), want.y)  # the experts do run in half precision
     assert_close(low.y.float(), want.y, atol=0.03, rtol=0.03)
 

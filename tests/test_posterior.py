@@ -9,16 +9,18 @@ import torch
 
 from data import Prompt, sample_dpt
 from evaluate import play
+from families.posterior import CELLS, action_posterior, divergence, goal_posterior
+from families.rooms import darkroom_expert
 from policies import ExactPosterior
-from posterior import CELLS, action_posterior, divergence, goal_posterior
-from rooms import darkroom_expert
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 
 
 def prompt(*rows):
     """Rows of (cell, action, reward) steps."""
-    states, actions, rewards = (torch.tensor([[step[i] for step in row] for row in rows]) for i in range(3))
+    states, actions, rewards = (
+        torch.tensor([[step[i] for step in row] for row in rows]) for i in range(3)
+    )
     return Prompt(states, actions, rewards.float())
 
 
@@ -40,7 +42,11 @@ def test_without_reward_the_goal_is_in_a_cell_that_was_not_entered():
     belief = goal_posterior(
         prompt(
             [((0, 0), RIGHT, 0), ((1, 0), UP, 0), ((1, 1), STAY, 0)],
-            [((0, 0), LEFT, 0), ((0, 0), DOWN, 0), ((0, 0), STAY, 0)],  # walls: the corner is entered
+            [
+                ((0, 0), LEFT, 0),
+                ((0, 0), DOWN, 0),
+                ((0, 0), STAY, 0),
+            ],  # walls: the corner is entered
             [((9, 8), UP, 0), ((9, 9), UP, 0), ((9, 9), RIGHT, 0)],
         )
     )
@@ -92,7 +98,9 @@ def test_action_posterior_is_the_expert_averaged_over_goals():
     belief = torch.rand(3, 100, generator=rng)
     belief[1] = goal_posterior(None)[0]
     belief = belief / belief.sum(1, keepdim=True)
-    torch.testing.assert_close(action_posterior(belief, states), slow_action_posterior(belief, states))
+    torch.testing.assert_close(
+        action_posterior(belief, states), slow_action_posterior(belief, states)
+    )
 
 
 def test_action_posterior_by_hand():
@@ -131,7 +139,9 @@ def test_divergence_of_a_policy_that_excludes_actions(case):
     """log 0 is harmless where the exact policy never acts so, and infinite where it does."""
     seen, states = case
     exact = action_posterior(goal_posterior(seen), states)
-    torch.testing.assert_close(divergence(seen, states, exact.log())[0], torch.zeros(3, 7), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        divergence(seen, states, exact.log())[0], torch.zeros(3, 7), atol=1e-6, rtol=0
+    )
     wrong = torch.full((3, 7, 5), -torch.inf)
     wrong[..., STAY] = 0
     kl, _ = divergence(seen, torch.zeros(3, 7, 2).long(), wrong)
@@ -146,7 +156,9 @@ def check_table(returns, want):
     """Mean return of some episodes within four standard errors of exact ceilings."""
     for episode, value in want.items():
         got = returns[:, episode - 1]
-        assert got.mean() == pytest.approx(value, abs=4 * got.std() / np.sqrt(len(got)) + 0.1), episode
+        assert got.mean() == pytest.approx(value, abs=4 * got.std() / np.sqrt(len(got)) + 0.1), (
+            episode
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,6 +185,8 @@ def test_arg_max_of_the_posterior_fails(memory):
 
 def test_seed_determines_play():
     goals = CELLS[::9].tolist()
-    first, again, other = (play("darkroom", goals, ExactPosterior(seed=seed), 5) for seed in (3, 3, 4))
+    first, again, other = (
+        play("darkroom", goals, ExactPosterior(seed=seed), 5) for seed in (3, 3, 4)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()

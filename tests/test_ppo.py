@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
-import files
-import ppo as module
-from ppo import STATE, PPOConfig, build, read_state, restore, stream, train_ppo
+from support import files
+from teachers import ppo as module
+from teachers.ppo import STATE, PPOConfig, build, read_state, restore, stream, train_ppo
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -52,7 +52,13 @@ class Point(gym.Env):
     def step(self, action):
         assert (abs(action) <= 1).all()
         self.place, self.time = self.place + action / 2, self.time + 1
-        return self.observe(), -float(np.linalg.norm(self.place - 1)), False, self.time == HORIZON, {}
+        return (
+            self.observe(),
+            -float(np.linalg.norm(self.place - 1)),
+            False,
+            self.time == HORIZON,
+            {},
+        )
 
     def close(self):
         self.closed = True
@@ -117,7 +123,9 @@ def play(tensors, episodes=200):
                 action = rng.uniform(-1, 1, 2)
             else:
                 action = (
-                    forward(tensors, torch.tensor(place, dtype=torch.float32)[None, None])[0, 0].numpy().clip(-1, 1)
+                    forward(tensors, torch.tensor(place, dtype=torch.float32)[None, None])[0, 0]
+                    .numpy()
+                    .clip(-1, 1)
                 )
             place, reward, *_ = env.step(action)
             total += reward
@@ -140,13 +148,25 @@ def test_settings_reach_stable_baselines3():
     assert list(vars(reach).values()) == [400_000, 2048, 64, 10, 3e-4, 0.99, 2048]
     for cfg in (reach, SMALL):
         model = build(Point(), cfg, SEED)
-        assert (model.n_steps, model.batch_size, model.n_epochs) == (cfg.n_steps, cfg.batch, cfg.epochs)
+        assert (model.n_steps, model.batch_size, model.n_epochs) == (
+            cfg.n_steps,
+            cfg.batch,
+            cfg.epochs,
+        )
         assert (
-            model.gamma == model.rollout_buffer.gamma == cfg.gamma and model.rollout_buffer.buffer_size == cfg.n_steps
+            model.gamma == model.rollout_buffer.gamma == cfg.gamma
+            and model.rollout_buffer.buffer_size == cfg.n_steps
         )
         assert model.lr_schedule(1.0) == model.lr_schedule(0.0) == cfg.lr
-        assert model.clip_range(1.0) == model.clip_range(0.0) == 0.2  # segments restart the schedules
-        assert (model.gae_lambda, model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.95, 0.0, 0.5, 0.5)
+        assert (
+            model.clip_range(1.0) == model.clip_range(0.0) == 0.2
+        )  # segments restart the schedules
+        assert (model.gae_lambda, model.ent_coef, model.vf_coef, model.max_grad_norm) == (
+            0.95,
+            0.0,
+            0.5,
+            0.5,
+        )
         assert model.device.type == "cpu" and model.verbose == 0
         layers = list(model.policy.mlp_extractor.policy_net)
         assert [type(m).__name__ for m in layers] == ["Linear", "Tanh", "Linear", "Tanh"]
@@ -157,7 +177,15 @@ def test_first_segment_is_plain_stable_baselines3(tmp_path):
     """Weights after one segment are those of `PPO(...).learn(64)` from the same seeds."""
     train_ppo(Point, replace(SMALL, steps=64), SEED, tmp_path)
     plain = PPO(
-        "MlpPolicy", Point(), 1e-3, n_steps=64, batch_size=32, n_epochs=2, gamma=0.9, seed=stream(SEED, 0), device="cpu"
+        "MlpPolicy",
+        Point(),
+        1e-3,
+        n_steps=64,
+        batch_size=32,
+        n_epochs=2,
+        gamma=0.9,
+        seed=stream(SEED, 0),
+        device="cpu",
     )
     plain.set_logger(Logger(None, []))
     plain.set_random_seed(stream(SEED, 1))
@@ -174,7 +202,9 @@ def test_every_segment_starts_from_its_own_seed(tmp_path):
             place, about = super().reset(seed=seed)
             if seed is not None:
                 seeds.append(seed)
-                starts.append((*place, *torch.get_rng_state().tolist()[:40], *np.random.get_state()[1][:5]))
+                starts.append(
+                    (*place, *torch.get_rng_state().tolist()[:40], *np.random.get_state()[1][:5])
+                )
             return place, about
 
     train_ppo(Watched, SMALL, SEED, tmp_path)
@@ -187,7 +217,9 @@ def test_every_segment_trains_on(whole):
     moves = [after["w0"] - before["w0"] for before, after in pairwise(steps)]
     assert all(move.abs().max() > 1e-4 for move in moves)
     state = load_file(whole[0] / STATE)
-    assert state["adam.0.step"] == 4 * 2 * 2  # segments x epochs x minibatches: Adam is never restarted
+    assert (
+        state["adam.0.step"] == 4 * 2 * 2
+    )  # segments x epochs x minibatches: Adam is never restarted
 
 
 # ---------------------------------------------------------------------------------------------- on disk
@@ -202,15 +234,30 @@ def test_names_headers_and_shapes(whole):
         assert about == {"t2mir": "1", "kind": "ppo", "step": str(int(name[5:15]))}
         shapes = {key: tuple(value.shape) for key, value in load_file(folder / name).items()}
         weights = {"w0": (1, 2, 64), "w1": (1, 64, 64), "w2": (1, 64, 2)}
-        assert shapes == {**weights, "b0": (1, 1, 64), "b1": (1, 1, 64), "b2": (1, 1, 2), "log_std": (1, 1, 2)}
+        assert shapes == {
+            **weights,
+            "b0": (1, 1, 64),
+            "b1": (1, 1, 64),
+            "b2": (1, 1, 2),
+            "log_std": (1, 1, 2),
+        }
     with safe_open(folder / STATE, framework="pt") as file:
         about = file.metadata()
-    assert (about["t2mir"], about["step"], json.loads(about["settings"])) == ("1", "256", settings(SMALL))
+    assert (about["t2mir"], about["step"], json.loads(about["settings"])) == (
+        "1",
+        "256",
+        settings(SMALL),
+    )
 
 
 @pytest.mark.parametrize(
     ("steps", "save_every", "saved"),
-    [(256, 100, [128, 256]), (200, 64, [64, 128, 192, 256]), (320, 128, [128, 256, 320]), (1, 1, [64])],
+    [
+        (256, 100, [128, 256]),
+        (200, 64, [64, 128, 192, 256]),
+        (320, 128, [128, 256, 320]),
+        (1, 1, [64]),
+    ],
 )
 def test_saves_are_at_whole_rollouts_and_at_the_end(tmp_path, steps, save_every, saved):
     train_ppo(Point, replace(SMALL, steps=steps, save_every=save_every, epochs=1), SEED, tmp_path)
@@ -231,7 +278,9 @@ def test_stored_policy_acts_like_the_trained_one(whole):
     distribution = model.policy.get_distribution(torch.tensor(states))
     theirs = distribution.mode().detach()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(ours.clip(-1, 1), model.predict(states, deterministic=True)[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        ours.clip(-1, 1), model.predict(states, deterministic=True)[0], rtol=0, atol=1e-6
+    )
     assert ours.std() > 1e-3  # not the same action everywhere
     std = distribution.distribution.stddev.detach()
     np.testing.assert_allclose(tensors["log_std"].exp().expand(1, 50, 2)[0], std, rtol=1e-6)
@@ -239,24 +288,33 @@ def test_stored_policy_acts_like_the_trained_one(whole):
 
 def test_same_seed_same_bytes_other_seed_other(whole, tmp_path):
     code = "import sys, torch; from pathlib import Path; from test_ppo import *; torch.set_num_threads(1); "
-    code += "train_ppo(Point, SMALL, SEED, Path(sys.argv[1]))"  # another process hashes and orders anew
+    code += (
+        "train_ppo(Point, SMALL, SEED, Path(sys.argv[1]))"  # another process hashes and orders anew
+    )
     tests = Path(__file__).parent
     path = {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1", "PATH": ""}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "same")], check=True, env=path, timeout=100)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "same")], check=True, env=path, timeout=100
+    )
     assert contents(tmp_path / "same") == contents(whole[0])
     train_ppo(Point, SMALL, (3, 2), tmp_path / "other")
     other = contents(tmp_path / "other")
     assert other.keys() == contents(whole[0]).keys()
     assert all(blob != other[name] for name, blob in contents(whole[0]).items())
     assert not torch.equal(
-        build(Point(), SMALL, (3, 1)).policy.action_net.weight, build(Point(), SMALL, (3, 2)).policy.action_net.weight
+        build(Point(), SMALL, (3, 1)).policy.action_net.weight,
+        build(Point(), SMALL, (3, 2)).policy.action_net.weight,
     )
 
 
 def test_policies_of_a_deleted_state_are_not_mixed_with_new_ones(whole, copy):
     (copy / STATE).unlink()
     train_ppo(Point, replace(SMALL, save_every=128), SEED, copy)
-    assert sorted(contents(copy)) == [STATE, "step-0000000128.safetensors", "step-0000000256.safetensors"]
+    assert sorted(contents(copy)) == [
+        STATE,
+        "step-0000000128.safetensors",
+        "step-0000000256.safetensors",
+    ]
 
 
 # ------------------------------------------------------------------------------------ stop and continue
@@ -281,7 +339,13 @@ def test_continued_run_is_the_uninterrupted_one(tmp_path, save_every, at):
     train_ppo(Point, cfg, SEED, tmp_path / "whole", lambda *report: reports.append(report))
     envs = []
     with pytest.raises(Stop):
-        train_ppo(lambda: envs.append(Point()) or envs[0], cfg, SEED, tmp_path / "stopped", stopping(at, first))
+        train_ppo(
+            lambda: envs.append(Point()) or envs[0],
+            cfg,
+            SEED,
+            tmp_path / "stopped",
+            stopping(at, first),
+        )
     assert envs[0].closed
     kept = contents(tmp_path / "stopped")
     done = (at - 1) // save_every * save_every  # the rollout whose report fails is not saved
@@ -290,7 +354,9 @@ def test_continued_run_is_the_uninterrupted_one(tmp_path, save_every, at):
     train_ppo(Point, cfg, SEED, tmp_path / "stopped", lambda *report: second.append(report))
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     assert first == reports[: at // 64] and second == reports[done // 64 :]
-    assert all(contents(tmp_path / "whole")[name] == blob for name, blob in kept.items() if name != STATE)
+    assert all(
+        contents(tmp_path / "whole")[name] == blob for name, blob in kept.items() if name != STATE
+    )
 
 
 def test_stopped_between_policy_and_state(whole, tmp_path, monkeypatch):
@@ -338,7 +404,9 @@ def test_state_holds_everything(whole):
 def test_reports(whole, tmp_path):
     reports = whole[1]
     assert [step for step, _ in reports] == [64, 128, 192, 256]
-    assert all(-40 < value < -2 for _, value in reports) and len({value for _, value in reports}) == 4
+    assert (
+        all(-40 < value < -2 for _, value in reports) and len({value for _, value in reports}) == 4
+    )
     none = []  # rollouts shorter than an episode
     cfg = replace(SMALL, steps=16, n_steps=8, batch=8)
     train_ppo(Point, cfg, SEED, tmp_path, lambda *report: none.append(report))
@@ -355,7 +423,9 @@ def test_report_is_of_its_own_rollout(tmp_path):
             played.append(reward)
             return place, reward, *rest
 
-    train_ppo(Watched, replace(SMALL, steps=128), SEED, tmp_path, lambda *report: reports.append(report))
+    train_ppo(
+        Watched, replace(SMALL, steps=128), SEED, tmp_path, lambda *report: reports.append(report)
+    )
     for index, (_, value) in enumerate(reports):
         episodes = np.reshape(played[64 * index : 64 * index + 60], (6, HORIZON)).sum(1)
         assert value == pytest.approx(episodes.mean(), abs=1e-5)
@@ -376,7 +446,11 @@ def refused(folder, message, cfg=SMALL, seed=SEED, env=Point):
     with pytest.raises(ValueError, match=message) as error:
         train_ppo(env, cfg, seed, folder)
     text = str(error.value)
-    assert "\n" not in text and str(folder / STATE) in text and "delete it to train this task anew" in text
+    assert (
+        "\n" not in text
+        and str(folder / STATE) in text
+        and "delete it to train this task anew" in text
+    )
     assert contents(folder) == before
 
 
@@ -387,12 +461,16 @@ def test_damaged_state_is_named(copy, damage):
     place = {"header": 10, "weights": len(data) // 2, "last": len(data) - 1}.get(damage, 0)
     data[place] ^= 0xFF
     path.write_bytes(
-        {"shorter": path.read_bytes()[:-100], "empty": b"", "text": b"no tensors at all"}.get(damage, data)
+        {"shorter": path.read_bytes()[:-100], "empty": b"", "text": b"no tensors at all"}.get(
+            damage, data
+        )
     )
     refused(copy, "damaged")
 
 
-@pytest.mark.parametrize("about", [None, {"t2mir": "1"}, {"t2mir": "1", "kind": "ppo-state", "step": "64"}])
+@pytest.mark.parametrize(
+    "about", [None, {"t2mir": "1"}, {"t2mir": "1", "kind": "ppo-state", "step": "64"}]
+)
 def test_foreign_state_is_named(copy, about):
     """Files that were not written by `save_tensors`."""
     save_file({"a": torch.zeros(3)}, copy / STATE, metadata=about)
@@ -402,14 +480,24 @@ def test_foreign_state_is_named(copy, about):
 def test_state_of_another_kind_or_format_is_named(copy):
     shutil.copy(copy / "step-0000000064.safetensors", copy / STATE)
     refused(copy, "no PPO state of format 1")
-    about = {"t2mir": "2", "kind": "ppo-state", "step": "64", "settings": json.dumps(settings(SMALL))}
+    about = {
+        "t2mir": "2",
+        "kind": "ppo-state",
+        "step": "64",
+        "settings": json.dumps(settings(SMALL)),
+    }
     files.save_tensors(copy / STATE, {"a": torch.zeros(3)}, about)
     refused(copy, "no PPO state of format 1")
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"steps": 512}, "steps"), ({"lr": 3e-4}, "lr"), ({"n_steps": 32}, "n_steps"), ({"gamma": 0.99}, "gamma")],
+    [
+        ({"steps": 512}, "steps"),
+        ({"lr": 3e-4}, "lr"),
+        ({"n_steps": 32}, "n_steps"),
+        ({"gamma": 0.99}, "gamma"),
+    ],
 )
 def test_state_of_other_settings_is_named(copy, change, name):
     refused(copy, rf"other settings \({name}\)", cfg=replace(SMALL, **change))

@@ -33,7 +33,11 @@ def slow_top_k_gate(logits, k):
     for row in logits:
         kept = sorted(range(len(row)), key=lambda i: -row[i].item())[:k]
         total = sum(row[i].exp() for i in kept)
-        rows.append(torch.stack([row[i].exp() / total if i in kept else 0 * row[i] for i in range(len(row))]))
+        rows.append(
+            torch.stack(
+                [row[i].exp() / total if i in kept else 0 * row[i] for i in range(len(row))]
+            )
+        )
     return torch.stack(rows)
 
 
@@ -66,7 +70,9 @@ def test_eq1_by_hand():
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_eq1_matches_loop(k):
     logits = draw(7, 5).float()
-    assert_same(lambda x: r.dense_gates(r.eq1_top_k_gate(x, k), 5), lambda x: slow_top_k_gate(x, k), logits)
+    assert_same(
+        lambda x: r.dense_gates(r.eq1_top_k_gate(x, k), 5), lambda x: slow_top_k_gate(x, k), logits
+    )
 
 
 def test_eq1_all_experts_is_plain_softmax_and_permutes():
@@ -85,7 +91,9 @@ def test_eq14_by_hand_and_loop():
     assert torch.equal(r.eq14_noisy_logits(clean, std, 0 * noise), clean)
 
     def slow(c, s, e):
-        return torch.stack([torch.stack([c[n, i] + e[n, i] * s[n, i] for i in range(3)]) for n in range(4)])
+        return torch.stack(
+            [torch.stack([c[n, i] + e[n, i] * s[n, i] for i in range(3)]) for n in range(4)]
+        )
 
     assert_same(r.eq14_noisy_logits, slow, draw(4, 3), draw(4, 3, seed=1).exp(), draw(4, 3, seed=2))
 
@@ -103,7 +111,9 @@ def test_eq12_by_hand_loop_and_total():
 
 
 def test_cv_squared_by_hand_loop_and_extremes():
-    assert r.cv_squared(torch.tensor([1.0, 3.0])).item() == pytest.approx(0.25)  # variance 1, mean 2
+    assert r.cv_squared(torch.tensor([1.0, 3.0])).item() == pytest.approx(
+        0.25
+    )  # variance 1, mean 2
     assert r.cv_squared(torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx(1 / 6)
     x = draw(6).exp()
     assert_same(r.cv_squared, slow_cv_squared, x)
@@ -113,7 +123,11 @@ def test_cv_squared_by_hand_loop_and_extremes():
 
 
 # ------------------------------------------------------------------------------------------ Eq. 15-17
-CLEAN, STD, NOISE = torch.tensor([[3.0, 0.0, 0.5]]), torch.ones(1, 3), torch.tensor([[0.5, 1.0, 0.0]])
+CLEAN, STD, NOISE = (
+    torch.tensor([[3.0, 0.0, 0.5]]),
+    torch.ones(1, 3),
+    torch.tensor([[0.5, 1.0, 0.0]]),
+)
 
 
 def test_eq16_by_hand():
@@ -141,7 +155,9 @@ def test_eq17_load_matches_definition(k):
     inputs = draw(16, 6), draw(16, 6, seed=1).abs() + 0.1, draw(16, 6, seed=2)
 
     def load(clean, std, noise):
-        return r.eq17_load(r.eq16_probability(clean, r.eq14_noisy_logits(clean, std, noise), std, k))
+        return r.eq17_load(
+            r.eq16_probability(clean, r.eq14_noisy_logits(clean, std, noise), std, k)
+        )
 
     assert_same(load, lambda c, s, e: sum(slow_probability(c, c + e * s, s, k)), *inputs)
     perm = torch.tensor([3, 0, 5, 1, 4, 2])  # experts in another order: so is the load
@@ -152,13 +168,20 @@ def test_eq17_load_matches_definition(k):
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_eq16_matches_loop(k):
     clean, std, noisy = draw(8, 6), draw(8, 6, seed=1).abs() + 0.1, draw(8, 6, seed=2)
-    assert_same(lambda *x: r.eq16_probability(*x, k), lambda *x: slow_probability(*x, k), clean, noisy, std)
+    assert_same(
+        lambda *x: r.eq16_probability(*x, k), lambda *x: slow_probability(*x, k), clean, noisy, std
+    )
     tied = torch.full_like(clean, 0.5)  # then the bar is 0.5 for everyone
     assert_close(r.eq16_probability(clean, tied, std, k), torch.special.ndtr((clean - 0.5) / std))
 
 
 def test_eq15_probability_is_that_of_redrawing_one_noise():
-    clean, std, noise, draws = draw(1, 5), draw(1, 5, seed=1).abs() + 0.5, draw(1, 5, seed=2), 100_000
+    clean, std, noise, draws = (
+        draw(1, 5),
+        draw(1, 5, seed=1).abs() + 0.5,
+        draw(1, 5, seed=2),
+        100_000,
+    )
     noisy = clean + noise * std
     p = r.eq16_probability(clean, noisy, std, 2)
     for i in range(5):
@@ -199,7 +222,9 @@ def test_eq3_eq13_eq18_by_hand_and_loop():
 # --------------------------------------------------------------------------------------------- App. F
 def test_router_by_hand():
     router = r.Router(2, 2)
-    router.load_state_dict({"first.weight": torch.eye(2), "second.weight": torch.tensor([[1.0, 1], [1, -1]])})
+    router.load_state_dict(
+        {"first.weight": torch.eye(2), "second.weight": torch.tensor([[1.0, 1], [1, -1]])}
+    )
     # tanh(0.5) = 0.46211716, tanh(-0.25) = -0.24491866
     assert_close(router(torch.tensor([0.5, -0.25])), torch.tensor([0.21719850, 0.70703582]))
 
@@ -254,7 +279,9 @@ def test_eq3_noisy_router_matches_loop(k, w_imp, w_load):
     gates = slow_top_k_gate(clean + noise * std, k)
     want = w_imp * slow_cv_squared(sum(gates))
     if k < 5:
-        want = want + w_load * slow_cv_squared(sum(slow_probability(clean, clean + noise * std, std, k)))
+        want = want + w_load * slow_cv_squared(
+            sum(slow_probability(clean, clean + noise * std, std, k))
+        )
     assert_close(r.dense_gates(routing, 5), gates)
     assert_close(loss, want)
     if loss.item() > 0:

@@ -18,12 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import collect
-import experts
-import jobs
 import train
 from config import Config
+from support import checkpoint, jobs
+from teachers import teachers
 
 ROOT = Path(train.__file__).resolve().parent
 # fmt: off
@@ -56,8 +55,15 @@ def flags(settings: dict) -> list[str]:
 
 def dataset(data) -> dict:
     """train.py's flags that name the dataset of a `CollectConfig`, family, quality and recipe aside."""
-    names = {"episodes": "data_episodes", "queries": "data_queries", "seed": "data_seed", "folder": "datasets"}
-    return {names.get(k, k): v for k, v in vars(data).items() if k not in ("env", "quality", "recipe")}
+    names = {
+        "episodes": "data_episodes",
+        "queries": "data_queries",
+        "seed": "data_seed",
+        "folder": "datasets",
+    }
+    return {
+        names.get(k, k): v for k, v in vars(data).items() if k not in ("env", "quality", "recipe")
+    }
 
 
 def command(data, run=None, backbone="dpt", **changes) -> list[str]:
@@ -71,7 +77,12 @@ def start(argv: list[str], *launcher: str, script: str = "train.py", **options) 
     line = [sys.executable, *launcher, str(ROOT / script), *argv]
     one = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        line, env=os.environ | one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        line,
+        env=os.environ | one,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -113,7 +124,7 @@ def at_home():
         return [work(job, lambda: None) for job in jobs]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (collect, experts, jobs):  # jobs: for scripts that `run` begins anew
+        for module in (collect, teachers, jobs):  # jobs: for scripts that `run` begins anew
             patch.setattr(module, "run_jobs", run_jobs)
         yield
 
@@ -138,13 +149,19 @@ def rows(folder) -> list[dict]:
 
 def untimed(folder, *without: str) -> list[dict]:
     """train.csv without the columns that depend on time (and others)."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", *without)} for row in rows(folder)]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", *without)}
+        for row in rows(folder)
+    ]
 
 
 def contents(folder) -> dict:
     """Every file's bytes and time of change."""
     return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
         for path in Path(folder).rglob("*")
         if path.is_file()
     }

@@ -27,9 +27,14 @@ from metaworld.envs.sawyer_push_v3 import SawyerPushEnvV3
 from metaworld.envs.sawyer_reach_v3 import SawyerReachEnvV3
 from metaworld.utils.reward_utils import hamacher_product
 
-REACH_GOALS = ((-0.1, 0.8, 0.05), (0.1, 0.9, 0.3))  # lowest and highest corner, the library's `goal_space`
+REACH_GOALS = (
+    (-0.1, 0.8, 0.05),
+    (0.1, 0.9, 0.3),
+)  # lowest and highest corner, the library's `goal_space`
 PUSH_GOALS = ((-0.1, 0.8), (0.1, 0.9))  # without z, which the library takes from the puck
-STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # all that the future depends on, the solver's warm start included
+STATE = int(
+    mujoco.mjtState.mjSTATE_INTEGRATION
+)  # all that the future depends on, the solver's warm start included
 
 
 # ------------------------------------------------------------------- the library's arithmetic in plain floats
@@ -74,18 +79,34 @@ class Manipulation:
         model, data = self.model, self.data
         whole = self.observation_space
         self.observation_space = gym.spaces.Box(whole.low[:18], whole.high[:18], dtype=np.float64)
-        self._hand_bounds = list(zip(self._HAND_SPACE.low.tolist(), self._HAND_SPACE.high.tolist(), strict=True))
+        self._hand_bounds = list(
+            zip(self._HAND_SPACE.low.tolist(), self._HAND_SPACE.high.tolist(), strict=True)
+        )
         # The library's way to say which task it is: this vector in place of a random draw.
         self._set_task_called, self._freeze_rand_vec = True, True
         self._last_rand_vec = np.array([*self.init_config["obj_init_pos"], *self.task, 0.0][:6])
         mujoco.mj_resetData(model, data)
         self.reset_model()
         # MuJoCo never moves these arrays, so views of them stay valid.
-        self._hand, self._right_claw, self._left_claw, self._puck, self._right_pad, self._left_pad = (
-            data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw", "obj", "rightpad", "leftpad")
+        (
+            self._hand,
+            self._right_claw,
+            self._left_claw,
+            self._puck,
+            self._right_pad,
+            self._left_pad,
+        ) = (
+            data.body(name).xpos
+            for name in ("hand", "rightclaw", "leftclaw", "obj", "rightpad", "leftpad")
         )
-        self._right_finger, self._left_finger = (data.site(f"{side}EndEffector").xpos for side in ("right", "left"))
-        self._puck_matrix, self._mocap, self._ctrl = data.geom("objGeom").xmat, data.mocap_pos[0], data.ctrl
+        self._right_finger, self._left_finger = (
+            data.site(f"{side}EndEffector").xpos for side in ("right", "left")
+        )
+        self._puck_matrix, self._mocap, self._ctrl = (
+            data.geom("objGeom").xmat,
+            data.mocap_pos[0],
+            data.ctrl,
+        )
         self._target, self._puck_start = self._target_pos.tolist(), self.obj_init_pos.tolist()
         self._hand_start, self._tcp_start = self.hand_init_pos.tolist(), self.init_tcp.tolist()
         self._start = self._save(np.empty(mujoco.mj_stateSize(model, STATE)))
@@ -98,8 +119,14 @@ class Manipulation:
             goal = np.asarray(task)
         except ValueError:  # lists of different lengths
             goal = np.empty(0)
-        if goal.shape != (len(low),) or goal.dtype.kind not in "iuf" or not ((goal >= low) & (goal <= high)).all():
-            raise ValueError(f"a {cls.__name__} goal is {len(low)} numbers from {low} to {high}, not {task}")
+        if (
+            goal.shape != (len(low),)
+            or goal.dtype.kind not in "iuf"
+            or not ((goal >= low) & (goal <= high)).all()
+        ):
+            raise ValueError(
+                f"a {cls.__name__} goal is {len(low)} numbers from {low} to {high}, not {task}"
+            )
         return goal.astype(float).tolist()
 
     def _save(self, state: np.ndarray) -> np.ndarray:
@@ -146,9 +173,18 @@ class Manipulation:
         mujoco.mj_forward(self.model, self.data)
 
     def _observe(self) -> list[float]:
-        hand = [min(max(p, low), high) for p, (low, high) in zip(self._hand.tolist(), self._hand_bounds, strict=True)]
+        hand = [
+            min(max(p, low), high)
+            for p, (low, high) in zip(self._hand.tolist(), self._hand_bounds, strict=True)
+        ]
         opening = min(distance(self._right_claw.tolist(), self._left_claw.tolist()) / 0.1, 1.0)
-        return [*hand, opening, *self._puck.tolist(), *quaternion(self._puck_matrix.tolist()), *[0.0] * 7]
+        return [
+            *hand,
+            opening,
+            *self._puck.tolist(),
+            *quaternion(self._puck_matrix.tolist()),
+            *[0.0] * 7,
+        ]
 
     def _tcp(self) -> list[float]:
         """The point between the fingers."""
@@ -164,7 +200,9 @@ class Reach(Manipulation, SawyerReachEnvV3):
     def __init__(self, task=(0.0, 0.85, 0.175), render_mode: str | None = None):
         super().__init__(task, render_mode)
 
-    def _score(self, observation: list[float], grip: float, goal: list[float]) -> tuple[float, bool]:
+    def _score(
+        self, observation: list[float], grip: float, goal: list[float]
+    ) -> tuple[float, bool]:
         gap = distance(self._tcp(), goal)
         return 10 * long_tail(gap, 0, 0.05, distance(self._hand_start, goal)), gap <= 0.05
 
@@ -177,7 +215,9 @@ class Push(Manipulation, SawyerPushEnvV3):
     def __init__(self, task=(0.0, 0.85), render_mode: str | None = None):
         super().__init__(task, render_mode)
 
-    def _score(self, observation: list[float], grip: float, goal: list[float]) -> tuple[float, bool]:
+    def _score(
+        self, observation: list[float], grip: float, goal: list[float]
+    ) -> tuple[float, bool]:
         tcp, puck, start = self._tcp(), observation[4:7], self._puck_start
         gap = distance(puck, goal)
         # Caging: both pads beside the puck along y, the fingers above it in the x-z plane, and then closing.
@@ -188,7 +228,9 @@ class Push(Manipulation, SawyerPushEnvV3):
         above_margin = distance(start[::2], self._tcp_start[::2]) - 0.005
         above = long_tail(distance(tcp[::2], puck[::2]), 0, 0.005, above_margin)
         caging = hamacher_product(hamacher_product(*beside), above)
-        closing = max(0, np.float32(grip)) if caging > 0.97 else 0.0  # as the library's: its rounding shows
+        closing = (
+            max(0, np.float32(grip)) if caging > 0.97 else 0.0
+        )  # as the library's: its rounding shows
         reward = hamacher_product(caging, closing) + caging
         if distance(puck, tcp) < 0.02 and observation[3] > 0:
             reward += 1.0 + reward + 5.0 * long_tail(gap, 0, 0.05, distance(start, goal))
@@ -212,7 +254,9 @@ class BatchedManipulation:
     def __init__(self, tasks, seed: int = 0):
         goals = [self.single.check(task) for task in tasks]
         self.simulator = self.single(goals[0])
-        self.goals = [[*goal, *self.simulator._target[len(goal) :]] for goal in goals]  # Push: z is the puck's
+        self.goals = [
+            [*goal, *self.simulator._target[len(goal) :]] for goal in goals
+        ]  # Push: z is the puck's
         self.rows = np.empty((len(goals), self.simulator._start.size))
         self.reset()
 
@@ -223,7 +267,9 @@ class BatchedManipulation:
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         env, states, rewards = self.simulator, [], []
-        for i, (row, command, goal) in enumerate(zip(self.rows, env._commands(actions), self.goals, strict=True)):
+        for i, (row, command, goal) in enumerate(
+            zip(self.rows, env._commands(actions), self.goals, strict=True)
+        ):
             env._load(row)
             env._advance(*command)
             env._save(row)

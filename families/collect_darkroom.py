@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs import get_spec
-from rooms import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return
+from envs import get_family
+from families.rooms import SIDE, darkroom_expert, darkroom_move, darkroom_noisy_return
 
 # share of the task's own expert; share of the other walks that is chosen to cross the goal
 SHARES = {"explore": (0.1, 0.25), "wander": (0.05, 0.0)}
@@ -41,8 +41,12 @@ def noise_levels(goal, quality: str, episodes: int) -> np.ndarray:
     if quality != "mixed":
         grid = np.linspace(0, 1, 101)
         curve = darkroom_noisy_return([goal], grid)[0]
-        lowest = grid[curve < LEVEL[quality] * curve[0]].min()  # the first level below the threshold
-    return np.linspace(1, lowest, max(1, round(0.9 * episodes))).take(np.arange(episodes), mode="clip")
+        lowest = grid[
+            curve < LEVEL[quality] * curve[0]
+        ].min()  # the first level below the threshold
+    return np.linspace(1, lowest, max(1, round(0.9 * episodes))).take(
+        np.arange(episodes), mode="clip"
+    )
 
 
 def label_noise(goal, quality: str) -> float:
@@ -50,7 +54,13 @@ def label_noise(goal, quality: str) -> float:
     return float(noise_levels(goal, quality, 2)[-1])
 
 
-def walk(first_goals: np.ndarray, eps: np.ndarray, horizon: int, rng: np.random.Generator, redraw: bool = False):
+def walk(
+    first_goals: np.ndarray,
+    eps: np.ndarray,
+    horizon: int,
+    rng: np.random.Generator,
+    redraw: bool = False,
+):
     """Roll out M noisy experts at once: states (M, T, 2), actions (M, T), cells after each move (M, T, 2).
 
     `first_goals` (M, 2) and `eps` (M,); `redraw` gives every walker a fresh random goal at every step.
@@ -62,7 +72,9 @@ def walk(first_goals: np.ndarray, eps: np.ndarray, horizon: int, rng: np.random.
     for t in range(horizon):
         if redraw:
             goals = rng.integers(SIDE, size=(many, 2))
-        act = np.where(rng.random(many) < eps, rng.integers(5, size=many), darkroom_expert(cells, goals))
+        act = np.where(
+            rng.random(many) < eps, rng.integers(5, size=many), darkroom_expert(cells, goals)
+        )
         states[:, t], actions[:, t] = cells, act
         cells = darkroom_move(cells, act)
         after[:, t] = cells
@@ -95,7 +107,9 @@ def explore_pool(train_tasks, horizon: int, rng: np.random.Generator, size: int 
     return Walks.of(*(np.concatenate(pair) for pair in zip(redrawn, noisy, strict=True)))
 
 
-def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float) -> np.ndarray:
+def choose_walks(
+    pool: Walks, goal, count: int, rng: np.random.Generator, crossing: float
+) -> np.ndarray:
     """Indices (2 * count,) of `count` walks of each kind; a share `crossing` is drawn from those that enter the goal.
 
     A kind that never entered it (the first one, for far corners) borrows from the other.
@@ -108,21 +122,25 @@ def choose_walks(pool: Walks, goal, count: int, rng: np.random.Generator, crossi
         own = own if len(own) else hits
         pick = kind * size + rng.integers(size, size=count)
         if len(own):
-            pick = np.where(rng.random(count) < crossing, own[rng.integers(len(own), size=count)], pick)
+            pick = np.where(
+                rng.random(count) < crossing, own[rng.integers(len(own), size=count)], pick
+            )
         chosen.append(pick)
     return np.concatenate(chosen)
 
 
 def collect_darkroom_task(cfg, index: int, goal, pool: Walks | None) -> dict[str, np.ndarray]:
     """The arrays of one training task; its random stream depends on the seed and the task alone."""
-    spec = get_spec(cfg.env)
+    spec = get_family(cfg.env)
     rng = np.random.default_rng([cfg.seed, 1, index])
     goal = np.asarray(goal)
     own = noise_levels(goal, cfg.quality, cfg.episodes)
     if cfg.recipe in SHARES:
         own_share, crossing = SHARES[cfg.recipe]
         free = int((1 - own_share) / 2 * cfg.episodes)
-        best = own.min() + 0.1 * rng.random(cfg.episodes - 2 * free)  # nearly noiseless for the quality
+        best = own.min() + 0.1 * rng.random(
+            cfg.episodes - 2 * free
+        )  # nearly noiseless for the quality
         expert = walk(np.broadcast_to(goal, (len(best), 2)), best, spec.horizon, rng)
         pick = choose_walks(pool, goal, free, rng, crossing)
         walks = (pool.states[pick], pool.actions[pick], pool.after[pick])
@@ -131,7 +149,9 @@ def collect_darkroom_task(cfg, index: int, goal, pool: Walks | None) -> dict[str
         states, actions, after = states[mixed], actions[mixed], after[mixed]
         queries = rng.integers(SIDE, size=(cfg.queries, 2))  # anywhere in the room
     else:
-        states, actions, after = walk(np.broadcast_to(goal, (cfg.episodes, 2)), own, spec.horizon, rng)
+        states, actions, after = walk(
+            np.broadcast_to(goal, (cfg.episodes, 2)), own, spec.horizon, rng
+        )
         visited = states.reshape(-1, 2)
         queries = visited[rng.integers(len(visited), size=cfg.queries)].astype(np.int64)
     noisy = rng.random(cfg.queries) < label_noise(goal, cfg.quality)

@@ -27,7 +27,7 @@ from gymnasium.envs.mujoco.mujoco_env import expand_model_path
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from mujoco.rollout import Rollout
 
-from envs import SPECS, check_tasks
+from envs import check_tasks, get_family
 
 FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
 # which arrays of the model a Walker task scales, in the order of its numbers, and the base of each
@@ -148,7 +148,7 @@ class BatchedMuJoCo:
 class BatchedCheetahVel(BatchedMuJoCo):
     """N Cheetahs: states (N, 20) float32, actions (N, 6) -> rewards (N,) float32."""
 
-    spec, frame_skip = SPECS["cheetah-vel"], 5
+    spec, frame_skip = get_family("cheetah-vel"), 5
 
     def __init__(self, tasks, seed: int = 0, threads: int = 0):
         self.goals = np.asarray(tasks, float)[:, 0]
@@ -169,7 +169,7 @@ class BatchedCheetahVel(BatchedMuJoCo):
 class BatchedWalkerParam(BatchedMuJoCo):
     """N Walkers: states (N, 17) float32, actions (N, 6) -> rewards (N,) float32. Equal tasks share a model."""
 
-    spec, frame_skip = SPECS["walker-param"], 4
+    spec, frame_skip = get_family("walker-param"), 4
 
     def __init__(self, tasks, seed: int = 0, threads: int = 0):
         path, models = expand_model_path("walker2d_v5.xml"), {}

@@ -86,7 +86,9 @@ def only_writer(folder: Path, seconds: float = 0) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"another process is writing {folder}: wait for it, or choose another folder") from None
+        raise ValueError(
+            f"another process is writing {folder}: wait for it, or choose another folder"
+        ) from None
     try:
         yield
     finally:
@@ -100,4 +102,6 @@ def need_space(folder: Path, size: float) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < size:
-        raise ValueError(f"{folder} will take about {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room")
+        raise ValueError(
+            f"{folder} will take about {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room"
+        )

@@ -1,6 +1,6 @@
-"""Experts (App. D.2, Tables 2 and 3): settings, policies, roll-outs, levels, and the datasets that they make.
+"""Teachers (App. D.2, Tables 2 and 3): settings, policies, roll-outs, levels, and the datasets that they make.
 
-The tiny Point-Robot dataset of conftest.py, whose experts learn in seconds; constant policies, whose actions tell who
+The tiny Point-Robot dataset of conftest.py, whose teachers learn in seconds; constant policies, whose actions tell who
 played; whole commands that are interrupted, killed, run beside each other or meet damaged files.
 Run: pytest tests/test_experts.py
 """
@@ -20,31 +20,31 @@ import torch
 from scipy.stats import kstest
 from tiny import at_home, contents, flags, start
 
-import experts as module
-import files
 from collect import collect, dataset_folder, maximum
 from data import load_dataset, part_name
-from envs import get_spec, make_batch, random_returns, split_tasks
-from experts import (
+from envs import get_family, make_batch, random_returns, split_tasks
+from families.rooms import point_robot_move
+from support import files
+from teachers import teachers as module
+from teachers.ppo import PPOConfig
+from teachers.sac import STATE, SACConfig, policy_file, save_policies
+from teachers.teachers import (
     PAPER,
-    ExpertConfig,
-    Experts,
     Group,
     Policies,
+    TeacherConfig,
+    Teachers,
     checkpoints,
-    experts_folder,
     groups_of,
     join,
     load_policies,
     make_part,
     parts_of,
     rollout,
-    train_experts,
+    teachers_folder,
     train_group,
+    train_teachers,
 )
-from ppo import PPOConfig
-from rooms import point_robot_move
-from sac import STATE, SACConfig, policy_file, save_policies
 
 LONG = 400  # seconds until a test gives up, on a machine that does other things too
 
@@ -69,44 +69,64 @@ TABLE_2 = {  # steps, warm-up, steps between checkpoints
 
 @pytest.mark.parametrize("env", TABLE_2)
 def test_table_2_is_the_default_of_sac(env):
-    found = ExpertConfig(env).algorithm()
-    assert type(found) is SACConfig and (found.steps, found.warmup, found.save_every) == TABLE_2[env]
+    found = TeacherConfig(env).algorithm()
+    assert (
+        type(found) is SACConfig and (found.steps, found.warmup, found.save_every) == TABLE_2[env]
+    )
     assert (found.lr, found.tau, found.gamma, found.alpha) == (3e-4, 0.005, 0.99, 0.2)
-    assert len(checkpoints(ExpertConfig(env))) == {"point-robot": 100, "cheetah-vel": 25}.get(
+    assert len(checkpoints(TeacherConfig(env))) == {"point-robot": 100, "cheetah-vel": 25}.get(
         env, found.steps // 10_000
     )
 
 
 @pytest.mark.parametrize(("env", "steps"), [("reach", 400_000), ("push", 1_000_000)])
 def test_table_3_is_the_default_of_ppo(env, steps):
-    found = ExpertConfig(env).algorithm()
+    found = TeacherConfig(env).algorithm()
     assert type(found) is PPOConfig and found.steps == steps
-    assert (found.n_steps, found.batch, found.epochs, found.lr, found.gamma) == (2048, 64, 10, 3e-4, 0.99)
+    assert (found.n_steps, found.batch, found.epochs, found.lr, found.gamma) == (
+        2048,
+        64,
+        10,
+        3e-4,
+        0.99,
+    )
 
 
 def test_settings_override_the_tables():
-    given = {"steps": 400, "save_every": 200, "warmup": 7, "hidden": 16, "batch": 9, "lr": 0.01, "alpha": 0.3}
-    assert ExpertConfig("cheetah-vel", **given).algorithm() == replace(PAPER["cheetah-vel"], **given)
-    assert ExpertConfig("point-robot", steps=400).algorithm().replay == 400  # it holds all of the training
-    assert ExpertConfig("cheetah-vel", steps=400, save_every=200).algorithm().replay == 10_000
+    given = {
+        "steps": 400,
+        "save_every": 200,
+        "warmup": 7,
+        "hidden": 16,
+        "batch": 9,
+        "lr": 0.01,
+        "alpha": 0.3,
+    }
+    assert TeacherConfig("cheetah-vel", **given).algorithm() == replace(
+        PAPER["cheetah-vel"], **given
+    )
+    assert (
+        TeacherConfig("point-robot", steps=400).algorithm().replay == 400
+    )  # it holds all of the training
+    assert TeacherConfig("cheetah-vel", steps=400, save_every=200).algorithm().replay == 10_000
     given = {"steps": 5000, "save_every": 3000, "batch": 32, "lr": 0.01}
-    assert ExpertConfig("reach", **given).algorithm() == replace(PAPER["reach"], **given)
+    assert TeacherConfig("reach", **given).algorithm() == replace(PAPER["reach"], **given)
 
 
 def test_checkpoints_are_those_that_training_writes():
-    assert checkpoints(ExpertConfig("point-robot", steps=120, save_every=40)) == [40, 80, 120]
-    assert checkpoints(ExpertConfig("reach", steps=5000)) == [2048, 4096, 6144]  # whole rollouts
-    assert checkpoints(ExpertConfig("reach", steps=5000, save_every=3000)) == [4096, 6144]
+    assert checkpoints(TeacherConfig("point-robot", steps=120, save_every=40)) == [40, 80, 120]
+    assert checkpoints(TeacherConfig("reach", steps=5000)) == [2048, 4096, 6144]  # whole rollouts
+    assert checkpoints(TeacherConfig("reach", steps=5000, save_every=3000)) == [4096, 6144]
 
 
 @pytest.mark.parametrize(
     ("env", "given", "named"),
     [
-        ("reach", {"hidden": 64}, "--expert-hidden"),
-        ("reach", {"warmup": 5}, "--expert-warmup"),
-        ("push", {"alpha": 0.1}, "--expert-alpha"),
-        ("point-robot", {"save_every": 30}, "--expert-save-every 30"),
-        ("point-robot", {"steps": 50}, "--expert-steps 50"),
+        ("reach", {"hidden": 64}, "--teacher-hidden"),
+        ("reach", {"warmup": 5}, "--teacher-warmup"),
+        ("push", {"alpha": 0.1}, "--teacher-alpha"),
+        ("point-robot", {"save_every": 30}, "--teacher-save-every 30"),
+        ("point-robot", {"steps": 50}, "--teacher-steps 50"),
         ("cheetah-vel", {"save_every": 20}, "200 steps"),
         ("point-robot", {"steps": -20}, "positive"),
         ("point-robot", {"lr": -1e-3}, "positive"),
@@ -119,21 +139,23 @@ def test_checkpoints_are_those_that_training_writes():
 )
 def test_settings_that_cannot_be_are_refused(env, given, named):
     with pytest.raises(ValueError) as error:
-        ExpertConfig(env, **given).algorithm()
+        TeacherConfig(env, **given).algorithm()
     one_line(error, named)
 
 
 def test_a_family_of_the_users_has_settings_too(tmp_path):
     file = tmp_path / "cart.py"
     file.write_text(
-        "from envs import EnvSpec\nSPEC = EnvSpec('cart', 30, 2, None, 1, False, 20, 5, 2, '', 'sac')\n"
+        "from envs import Family\nSPEC = Family('cart', 30, 2, None, 1, False, 20, 5, 2, '', 'sac')\n"
         "Batch = sample_tasks = None\n"
     )
-    cfg = ExpertConfig(str(file), steps=600, lr=0.01)
+    cfg = TeacherConfig(str(file), steps=600, lr=0.01)
     want = SACConfig(600, 150, 150, lr=0.01, hidden=64, replay=600)
     assert cfg.algorithm() == want and checkpoints(cfg) == [150, 300, 450, 600]
-    assert len(checkpoints(ExpertConfig(str(file)))) == 40
-    assert experts_folder(Path("data"), cfg, [[0.0, 0.1]]).parent == Path("data/experts")  # not beside the file
+    assert len(checkpoints(TeacherConfig(str(file)))) == 40
+    assert teachers_folder(Path("data"), cfg, [[0.0, 0.1]]).parent == Path(
+        "data/teachers"
+    )  # not beside the file
 
 
 # ------------------------------------------------------------------------------------------ policies
@@ -143,7 +165,10 @@ def policies(kind, many=3, ds=4, da=2, hidden=5, scale=1.0):
     sizes = [(ds, hidden), (hidden, hidden), (hidden, 2 * da if kind == "sac" else da)]
     weights = []
     for fan_in, fan_out in sizes:
-        weights += [torch.randn(many, *shape, generator=rng) * scale for shape in ((fan_in, fan_out), (1, fan_out))]
+        weights += [
+            torch.randn(many, *shape, generator=rng) * scale
+            for shape in ((fan_in, fan_out), (1, fan_out))
+        ]
     log_std = torch.randn(many, 1, da, generator=rng) * 0.3 - 2.5 if kind == "ppo" else None
     return Policies(kind, weights, log_std)
 
@@ -175,7 +200,10 @@ def test_mean_actions_match_a_loop(kind):
 
 @pytest.mark.parametrize("kind", ["sac", "ppo"])
 def test_sampled_actions_are_gaussian_and_repeatable(kind):
-    p, states = policies(kind, scale=0.3), torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(0))
+    p, states = (
+        policies(kind, scale=0.3),
+        torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(0)),
+    )
     states = states.expand(3, 20_000, 4)
 
     def act(seed):
@@ -186,9 +214,17 @@ def test_sampled_actions_are_gaussian_and_repeatable(kind):
     assert found.abs().max() <= 1
     for m in range(3):
         out = head(p, m, states[m, 0])
-        mean, std = (out[:2], np.exp(out[2:])) if kind == "sac" else (out, p.log_std[m, 0].exp().numpy())
-        got = np.arctanh(found[m].double().numpy().clip(-1 + 1e-7, 1 - 1e-7)) if kind == "sac" else found[m].numpy()
-        inside = np.abs(mean) + 4 * std < (np.inf if kind == "sac" else 1)  # elsewhere PPO's are clipped
+        mean, std = (
+            (out[:2], np.exp(out[2:])) if kind == "sac" else (out, p.log_std[m, 0].exp().numpy())
+        )
+        got = (
+            np.arctanh(found[m].double().numpy().clip(-1 + 1e-7, 1 - 1e-7))
+            if kind == "sac"
+            else found[m].numpy()
+        )
+        inside = np.abs(mean) + 4 * std < (
+            np.inf if kind == "sac" else 1
+        )  # elsewhere PPO's are clipped
         error = 5 * std[inside] / 20_000**0.5
         assert (np.abs(got.mean(0) - mean)[inside] < error).all()
         assert (np.abs(got.std(0) - std)[inside] < error).all()
@@ -200,7 +236,9 @@ def test_sampled_actions_are_gaussian_and_repeatable(kind):
 def test_stacked_policies_are_the_single_ones(kind):
     p, states = policies(kind), torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
     single = [
-        Policies(kind, [w[m : m + 1] for w in p.weights], None if kind == "sac" else p.log_std[m : m + 1])
+        Policies(
+            kind, [w[m : m + 1] for w in p.weights], None if kind == "sac" else p.log_std[m : m + 1]
+        )
         for m in range(3)
     ]
     whole = p.act(states)
@@ -208,7 +246,10 @@ def test_stacked_policies_are_the_single_ones(kind):
         torch.testing.assert_close(one.act(states[m : m + 1])[0], whole[m], atol=1e-6, rtol=0)
     again = join([single[2], single[0]])
     torch.testing.assert_close(again.act(states[[2, 0]]), whole[[2, 0]], atol=1e-6, rtol=0)
-    sampled = [x.act(states[[2, 0]], torch.Generator().manual_seed(0)) for x in (again, join([single[2], single[0]]))]
+    sampled = [
+        x.act(states[[2, 0]], torch.Generator().manual_seed(0))
+        for x in (again, join([single[2], single[0]]))
+    ]
     assert torch.equal(*sampled) and not torch.equal(sampled[0], whole[[2, 0]])
 
 
@@ -250,7 +291,9 @@ DAMAGE = {
     "flipped number": lambda path: flip(path, 0.8),
     "flipped header": lambda path: flip(path, 0.002),
     "garbage": lambda path: path.write_bytes(bytes(range(256)) * 20),
-    "no policies": lambda path: files.save_tensors(path, {"w0": torch.zeros(3, 2, 2)}, {"kind": "sac-state"}),
+    "no policies": lambda path: files.save_tensors(
+        path, {"w0": torch.zeros(3, 2, 2)}, {"kind": "sac-state"}
+    ),
 }
 
 
@@ -274,7 +317,9 @@ def check_point_robot(goal, states, actions, rewards):
     the place it leads to.
     """
     after = point_robot_move(np.asarray(states, float), np.asarray(actions, float))
-    assert (np.abs(states[:, 0]) <= 0.1).all() and len(np.unique(np.asarray(states[:, 0]), axis=0)) == len(states)
+    assert (np.abs(states[:, 0]) <= 0.1).all() and len(
+        np.unique(np.asarray(states[:, 0]), axis=0)
+    ) == len(states)
     np.testing.assert_allclose(states[:, 1:], after[:, :-1], atol=1e-6)
     np.testing.assert_allclose(rewards, -np.linalg.norm(after - goal, axis=-1), atol=1e-6)
 
@@ -291,7 +336,9 @@ def test_rollout_of_point_robot(sampled):
     for m, goal in enumerate(GOALS):
         check_point_robot(goal, *(played[name][m] for name in ("states", "actions", "rewards")))
     mean = p.act(torch.from_numpy(played["states"]).flatten(1, 2)).numpy().reshape(3, 4, 20, 2)
-    assert np.allclose(played["actions"], mean, atol=1e-5) is not sampled  # each task by its own policy
+    assert (
+        np.allclose(played["actions"], mean, atol=1e-5) is not sampled
+    )  # each task by its own policy
     again, other = (rollout(p, "point-robot", GOALS, 4, seed, sampled) for seed in ((7, 1), (7, 2)))
     assert all((again[name] == played[name]).all() for name in played)
     assert not np.isclose(other["states"], played["states"]).all((2, 3)).any()
@@ -306,8 +353,13 @@ ELSEWHERE = {
 
 def test_random_rollout():
     """Without policies: the environment's own steps of uniform actions."""
-    first, again, other = (rollout(None, "point-robot", GOALS, 6, (1, seed), True) for seed in (0, 0, 1))
-    assert all((first[name] == again[name]).all() for name in first) and (first["actions"] != other["actions"]).all()
+    first, again, other = (
+        rollout(None, "point-robot", GOALS, 6, (1, seed), True) for seed in (0, 0, 1)
+    )
+    assert (
+        all((first[name] == again[name]).all() for name in first)
+        and (first["actions"] != other["actions"]).all()
+    )
     assert first["actions"].shape == (3, 6, 20, 2) and first["actions"].dtype == np.float32
     assert kstest(first["actions"].ravel(), "uniform", (-1, 2)).pvalue > 1e-4
     for m, goal in enumerate(GOALS):
@@ -324,7 +376,7 @@ def test_rollouts_are_those_of_the_environment(env, monkeypatch):
     assert made[0][:2] == (env, [tasks[0], tasks[0], tasks[1], tasks[1]])
     batch = make(*made[0])
     states, actions = batch.reset(), played["actions"].reshape(4, -1, da)
-    for t in range(get_spec(env).horizon):
+    for t in range(get_family(env).horizon):
         np.testing.assert_array_equal(played["states"].reshape(4, -1, ds)[:, t], states)
         states, rewards = batch.step(actions[:, t])
         np.testing.assert_array_equal(played["rewards"].reshape(4, -1)[:, t], rewards)
@@ -336,12 +388,14 @@ def test_rollouts_are_those_of_the_environment(env, monkeypatch):
 @pytest.fixture
 def known():
     """Four checkpoints of three tasks in groups of two and one, by hand."""
-    cfg = ExpertConfig("point-robot", group=2)
+    cfg = TeacherConfig("point-robot", group=2)
     groups = [Group(cfg, 0, ["a", "b"], "first"), Group(cfg, 1, ["c"], "second")]
     sampled = np.array([[-40, -11, -5.5], [-20, -10.5, -6], [-12, -12, -5], [-14, -13, -5.8]])
     mean = np.array([[-35, -12, -6], [-22, -11, -5.5], [-10, -10.2, -5], [-20, -13, -6.5]])
     random = np.array([-30.0, -10.0, -15.0])
-    return Experts(cfg, groups, [20, 40, 60, 80], sampled, sampled.max(0) + 1, mean, np.zeros((4, 3)), random)
+    return Teachers(
+        cfg, groups, [20, 40, 60, 80], sampled, sampled.max(0) + 1, mean, np.zeros((4, 3)), random
+    )
 
 
 def test_levels_by_hand(known):
@@ -380,10 +434,10 @@ def test_place_of_a_task(known):
 
 def test_groups_and_their_folders(tmp_path):
     tasks = [[0.1 * i, 0.0] for i in range(7)]
-    found = groups_of(ExpertConfig("point-robot", group=3), tasks, tmp_path)
+    found = groups_of(TeacherConfig("point-robot", group=3), tasks, tmp_path)
     assert [group.tasks for group in found] == [tasks[:3], tasks[3:6], tasks[6:]]
     assert [Path(group.folder).name for group in found] == ["group-000", "group-001", "group-002"]
-    single = groups_of(ExpertConfig("reach", group=3), tasks, tmp_path)  # PPO stacks nothing
+    single = groups_of(TeacherConfig("reach", group=3), tasks, tmp_path)  # PPO stacks nothing
     assert [group.tasks for group in single] == [[task] for task in tasks]
 
 
@@ -419,7 +473,7 @@ def read(actions):
 @pytest.fixture
 def marked(tmp_path):
     """Five tasks in two groups, four checkpoints each: levels 0, 0.4, 0.7 and 1, those of the fifth task 0.9 to 1."""
-    cfg = ExpertConfig("point-robot", group=3)
+    cfg = TeacherConfig("point-robot", group=3)
     tasks = [[0.3, 0.1 * i] for i in range(5)]
     groups = groups_of(cfg, tasks, tmp_path)
     for group, numbers in zip(groups, ([0, 1, 2], [3, 4]), strict=True):
@@ -428,14 +482,25 @@ def marked(tmp_path):
     levels = np.tile(np.array([[0], [0.4], [0.7], [1]]), 5)
     levels[:, 4] = [0.9, 0.95, 0.97, 1]
     returns, random = 10 * levels - 20, np.full(5, -20.0)
-    return Experts(cfg, groups, [20, 40, 60, 80], returns, returns.max(0), returns, np.zeros((4, 5)), random)
+    return Teachers(
+        cfg, groups, [20, 40, 60, 80], returns, returns.max(0), returns, np.zeros((4, 5)), random
+    )
 
 
 WITHIN = {"mixed": [0, 1, 2, 3], "medium-expert": [0, 1, 2], "medium": [0, 1]}
 
 
-def parts(experts, folder, quality="mixed", recipe="paper", episodes=10, queries=30, seed=0):
-    return parts_of(experts, 5, quality, recipe, episodes, queries, seed, [folder / part_name(i) for i in range(5)])
+def parts(teachers, folder, quality="mixed", recipe="paper", episodes=10, queries=30, seed=0):
+    return parts_of(
+        teachers,
+        5,
+        quality,
+        recipe,
+        episodes,
+        queries,
+        seed,
+        [folder / part_name(i) for i in range(5)],
+    )
 
 
 def rows_of(array):
@@ -457,7 +522,9 @@ def test_each_checkpoint_plays_as_many_episodes(marked, tmp_path, quality, episo
         arrays = made(part)
         players = read(arrays["actions"])
         within = WITHIN[quality] if i == 1 else WITHIN[quality] if quality == "mixed" else [0]
-        assert {task for task, _ in players} == {i} and players == sorted(players)  # in the order of training
+        assert {task for task, _ in players} == {i} and players == sorted(
+            players
+        )  # in the order of training
         count = Counter(checkpoint for _, checkpoint in players)
         assert sum(count.values()) == episodes and set(count) <= set(within)
         shares = [count[c] for c in within]
@@ -467,13 +534,18 @@ def test_each_checkpoint_plays_as_many_episodes(marked, tmp_path, quality, episo
         label = mark(i, within[-1])
         np.testing.assert_allclose(arrays["query_actions"], np.tile(label, (30, 1)), atol=1e-5)
         queries = rows_of(arrays["query_states"])
-        assert queries <= rows_of(arrays["states"]) and len(queries) == 30  # no step twice while there are enough
+        assert (
+            queries <= rows_of(arrays["states"]) and len(queries) == 30
+        )  # no step twice while there are enough
 
 
 def test_more_queries_than_steps(marked, tmp_path):
     part = parts(marked, tmp_path, episodes=5, queries=150)[0]
     arrays = made(part)
-    assert arrays["query_states"].shape == (150, 2) and len(np.unique(arrays["query_states"], axis=0)) <= 100
+    assert (
+        arrays["query_states"].shape == (150, 2)
+        and len(np.unique(arrays["query_states"], axis=0)) <= 100
+    )
 
 
 @pytest.mark.parametrize("quality", WITHIN)
@@ -487,13 +559,19 @@ def test_explore_is_played_by_others_for_three_quarters(marked, tmp_path, qualit
         assert i not in {task for task, _ in players[3:]} and len(players) == 12
         for task, checkpoint in players:
             assert checkpoint in (WITHIN[quality] if task != 4 or quality == "mixed" else [0])
-        check_point_robot(goal, arrays["states"], arrays["actions"], arrays["rewards"])  # rewards are this task's
+        check_point_robot(
+            goal, arrays["states"], arrays["actions"], arrays["rewards"]
+        )  # rewards are this task's
         lowest = i == 4 and quality != "mixed"
         label = mark(i, 0 if lowest else WITHIN[quality][-1])
         np.testing.assert_allclose(arrays["query_actions"], np.tile(label, (30, 1)), atol=1e-5)
-        assert rows_of(arrays["query_states"]) <= rows_of(arrays["states"][:3])  # where its own training has been
+        assert rows_of(arrays["query_states"]) <= rows_of(
+            arrays["states"][:3]
+        )  # where its own training has been
         where = {(marked.place(t)[0].folder, marked.place(t)[1]): t for t in range(5)}
-        assert [(where[folder, row], step // 20 - 1) for folder, step, row in part.others] == players[3:]
+        assert [
+            (where[folder, row], step // 20 - 1) for folder, step, row in part.others
+        ] == players[3:]
 
 
 def test_wander_is_played_at_random_by_half(marked, tmp_path):
@@ -501,7 +579,10 @@ def test_wander_is_played_at_random_by_half(marked, tmp_path):
     arrays, goal = made(part), marked.place(1)[0].tasks[1]
     assert read(arrays["actions"][:20]) == [(1, 0)] * 10 + [(1, 1)] * 10
     chance = arrays["actions"][20:].ravel()
-    assert len(np.unique(chance)) == len(chance) == 800 and kstest(chance, "uniform", (-1, 2)).pvalue > 1e-4
+    assert (
+        len(np.unique(chance)) == len(chance) == 800
+        and kstest(chance, "uniform", (-1, 2)).pvalue > 1e-4
+    )
     check_point_robot(goal, arrays["states"], arrays["actions"], arrays["rewards"])
     assert rows_of(arrays["query_states"]) <= rows_of(arrays["states"][:20])
     np.testing.assert_allclose(arrays["query_actions"], np.tile(mark(1, 1), (30, 1)), atol=1e-5)
@@ -520,7 +601,9 @@ def test_seeds_and_tasks_have_streams_of_their_own(marked, tmp_path):
     starts = []
     for seed in (0, 1):
         for recipe in ("explore", "wander"):
-            for part in parts(marked, tmp_path / f"{recipe}{seed}", seed=seed, recipe=recipe, episodes=8)[:2]:
+            for part in parts(
+                marked, tmp_path / f"{recipe}{seed}", seed=seed, recipe=recipe, episodes=8
+            )[:2]:
                 starts.append(made(part)["states"][:, 0])
                 again = made(replace(part, path=str(tmp_path / "again.npz")))["states"][:, 0]
                 assert (again == starts[-1]).all()
@@ -529,8 +612,15 @@ def test_seeds_and_tasks_have_streams_of_their_own(marked, tmp_path):
 
 # ------------------------------------------------------------------------------------ other families
 def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
-    cfg = ExpertConfig(
-        "cheetah-vel", steps=400, save_every=200, warmup=390, hidden=8, batch=8, level_episodes=1, group=2
+    cfg = TeacherConfig(
+        "cheetah-vel",
+        steps=400,
+        save_every=200,
+        warmup=390,
+        hidden=8,
+        batch=8,
+        level_episodes=1,
+        group=2,
     )
     (group,) = groups_of(cfg, [[0.5], [2.0]], tmp_path)
     train_group(group, alive)
@@ -544,8 +634,8 @@ def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
     before = written(tmp_path)
     train_group(group, alive)  # another worker was faster
     unchanged(tmp_path, before)
-    folder = experts_folder(tmp_path, cfg, group.tasks)
-    assert folder.parent == tmp_path / "experts" and "cheetah-vel" in folder.name
+    folder = teachers_folder(tmp_path, cfg, group.tasks)
+    assert folder.parent == tmp_path / "teachers" and "cheetah-vel" in folder.name
     assert not (tmp_path / "group-000" / STATE).exists()  # the replay is of no use any more
     monkeypatch.setattr(module, "train_sac", None)
     (tmp_path / "group-000" / "levels.npz").unlink()
@@ -556,29 +646,49 @@ def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
 
 def test_reach_labels_are_the_behaviours_own_actions(tmp_path, monkeypatch):
     """PPO from nothing to a part; two checkpoints."""
-    monkeypatch.setitem(PAPER, "reach", PPOConfig(128, n_steps=64, batch=32, epochs=1, save_every=64))
-    monkeypatch.setattr(module, "random_returns", lambda env, tasks: np.zeros(len(tasks)))  # 2000 steps of physics
-    cfg = ExpertConfig("reach", level_episodes=1)
+    monkeypatch.setitem(
+        PAPER, "reach", PPOConfig(128, n_steps=64, batch=32, epochs=1, save_every=64)
+    )
+    monkeypatch.setattr(
+        module, "random_returns", lambda env, tasks: np.zeros(len(tasks))
+    )  # 2000 steps of physics
+    cfg = TeacherConfig("reach", level_episodes=1)
     groups = groups_of(cfg, [[0.0, 0.85, 0.175]], tmp_path)
     train_group(groups[0], alive)
     with np.load(tmp_path / "group-000" / "levels.npz") as file:
         levels = {name: file[name] for name in file.files}
     assert levels["sampled"].shape == (2, 1, 1) and levels["success"].shape == (2, 1)
     returns = levels["sampled"][:, :, 0]
-    known = Experts(cfg, groups, checkpoints(cfg), returns, returns[0], returns, levels["success"], levels["random"])
+    known = Teachers(
+        cfg,
+        groups,
+        checkpoints(cfg),
+        returns,
+        returns[0],
+        returns,
+        levels["success"],
+        levels["random"],
+    )
     (job,) = parts_of(known, 1, "mixed", "paper", 5, 40, 0, [tmp_path / "task-000.npz"])
     assert job.behaviour == [64, 128] and not job.others and not job.random
     for part, own in ((job, 5), (replace(job, own=3, random=2), 3)):
         arrays = made(part)
         assert arrays["states"].shape == (5, 100, 18) and arrays["query_actions"].shape == (40, 4)
         pairs = rows_of(np.concatenate([arrays["query_states"], arrays["query_actions"]], -1))
-        assert pairs <= rows_of(np.concatenate([arrays["states"], arrays["actions"]], -1)[:own]) and len(pairs) == 40
+        assert (
+            pairs <= rows_of(np.concatenate([arrays["states"], arrays["actions"]], -1)[:own])
+            and len(pairs) == 40
+        )
 
 
 # -------------------------------------------------------------------------------------- whole datasets
 def written(folder, part=""):
     """Bytes and time of all files with `part` in their names, locks aside."""
-    return {name: state for name, state in contents(folder).items() if part in name and not name.endswith(".lock")}
+    return {
+        name: state
+        for name, state in contents(folder).items()
+        if part in name and not name.endswith(".lock")
+    }
 
 
 def everything(folder):
@@ -593,13 +703,13 @@ def unchanged(folder, before):
 
 @pytest.fixture
 def cfg(point_config, point_folder, tmp_path):
-    """The settings of the tiny dataset for a copy of its folder, experts included."""
+    """The settings of the tiny dataset for a copy of its folder, teachers included."""
     shutil.copytree(point_config.folder, tmp_path / "data")
     return replace(point_config, folder=str(tmp_path / "data"))
 
 
 def experts_of(cfg):
-    (folder,) = (Path(cfg.folder) / "experts").iterdir()
+    (folder,) = (Path(cfg.folder) / "teachers").iterdir()
     return folder
 
 
@@ -620,14 +730,21 @@ def test_dataset_of_point_robot(point_config, point_folder):
     assert (data.meta["train_tasks"], data.meta["test_tasks"]) == (train, test)
     assert data.states.shape == (5, 23, 20, 2) and data.query_states.shape == (5, 40, 2)
     for i, goal in enumerate(train):
-        check_point_robot(goal, *(getattr(data, name)[i].numpy() for name in ("states", "actions", "rewards")))
+        check_point_robot(
+            goal, *(getattr(data, name)[i].numpy() for name in ("states", "actions", "rewards"))
+        )
     torch.testing.assert_close(data.state_mean, data.states.mean((0, 1, 2)))
     levels = levels_of(point_config)
-    assert levels["sampled"].shape == (10, 7, 5) and data.meta["behaviour"] == [[40 * (c + 1) for c in range(10)]] * 5
+    assert (
+        levels["sampled"].shape == (10, 7, 5)
+        and data.meta["behaviour"] == [[40 * (c + 1) for c in range(10)]] * 5
+    )
     best = levels["mean"].mean(2).argmax(0)
     for i in range(5):  # labels: the mean action of the best checkpoint
         folder = experts_of(point_config) / f"group-{i // 3:03d}"
-        label = load_policies(folder, [40 * (best[i] + 1)], i % 3).act(data.query_states[i][None])[0]
+        label = load_policies(folder, [40 * (best[i] + 1)], i % 3).act(data.query_states[i][None])[
+            0
+        ]
         torch.testing.assert_close(data.query_actions[i], label, atol=1e-6, rtol=0)
 
 
@@ -639,15 +756,22 @@ def test_reference_returns(point_config, point_folder):
         rows = slice(first, first + len(tasks))
         first += len(tasks)
         np.testing.assert_allclose(known["random"], levels["random"][rows], atol=6e-4)
-        np.testing.assert_allclose(known["expert"], levels["mean"].mean(2).max(0)[rows], atol=6e-4)
+        np.testing.assert_allclose(known["teacher"], levels["mean"].mean(2).max(0)[rows], atol=6e-4)
         np.testing.assert_allclose(known["highest"], levels["sampled"].max((0, 2))[rows], atol=6e-4)
-        assert all(len(str(value)) < 9 for values in known.values() for value in values)  # three decimals
+        assert all(
+            len(str(value)) < 9 for values in known.values() for value in values
+        )  # three decimals
     train, test = point_config.split()
     for group in (slice(0, 3), slice(3, 6), slice(6, 7)):
-        np.testing.assert_array_equal(levels["random"][group], random_returns("point-robot", (train + test)[group]))
+        np.testing.assert_array_equal(
+            levels["random"][group], random_returns("point-robot", (train + test)[group])
+        )
     assert (
         first == 7
-        and (np.array(meta["reference"]["train"]["expert"]) > np.array(meta["reference"]["train"]["random"])).all()
+        and (
+            np.array(meta["reference"]["train"]["teacher"])
+            > np.array(meta["reference"]["train"]["random"])
+        ).all()
     )
     assert meta["best_level"] == [1.0] * 5
     returns, known = load_dataset(point_folder).returns.numpy().max(1), meta["reference"]["train"]
@@ -668,10 +792,12 @@ def test_qualities_share_one_training(cfg):
         want = [[40 * (c + 1) for c in np.flatnonzero(level[:, i] < limit)] for i in range(5)]
         assert data.meta["behaviour"] == want and all(want)
         assert all(value < limit for value in data.meta["best_level"])
-        np.testing.assert_allclose(data.meta["best_level"], np.where(level < limit, level, -9).max(0), atol=1e-4)
+        np.testing.assert_allclose(
+            data.meta["best_level"], np.where(level < limit, level, -9).max(0), atol=1e-4
+        )
         seen[quality] = data.returns.mean()
     assert seen["medium"] < seen["medium-expert"]
-    assert len(list((Path(cfg.folder) / "experts").iterdir())) == 1
+    assert len(list((Path(cfg.folder) / "teachers").iterdir())) == 1
     unchanged(experts_of(cfg), before)
 
 
@@ -681,27 +807,45 @@ def test_other_recipes_share_it_too(cfg, recipe):
     with at_home():
         data = load_dataset(collect(replace(cfg, recipe=recipe), quiet=True))
     for i, goal in enumerate(data.meta["train_tasks"]):
-        check_point_robot(goal, *(getattr(data, name)[i].numpy() for name in ("states", "actions", "rewards")))
-    assert data.returns.mean() < load_dataset(dataset_folder(cfg)).returns.mean() - 1  # others go elsewhere
+        check_point_robot(
+            goal, *(getattr(data, name)[i].numpy() for name in ("states", "actions", "rewards"))
+        )
+    assert (
+        data.returns.mean() < load_dataset(dataset_folder(cfg)).returns.mean() - 1
+    )  # others go elsewhere
     unchanged(experts_of(cfg), before)
 
 
 def test_experts_of_other_settings_are_others(point_config):
     train, test = point_config.split()
     tasks = train + test
-    first = experts_folder(Path("data"), point_config.experts(), tasks)
-    for change in ({"expert_seed": 1}, {"expert_group": 2}, {"expert_lr": 1e-4}, {"expert_steps": 800}):
-        assert experts_folder(Path("data"), replace(point_config, **change).experts(), tasks) != first
+    first = teachers_folder(Path("data"), point_config.teachers(), tasks)
+    for change in (
+        {"teacher_seed": 1},
+        {"teacher_group": 2},
+        {"teacher_lr": 1e-4},
+        {"teacher_steps": 800},
+    ):
+        assert (
+            teachers_folder(Path("data"), replace(point_config, **change).teachers(), tasks)
+            != first
+        )
         assert dataset_folder(replace(point_config, **change)) != dataset_folder(point_config)
-    assert experts_folder(Path("data"), point_config.experts(), tasks[:-1]) != first
+    assert teachers_folder(Path("data"), point_config.teachers(), tasks[:-1]) != first
     for change in ({"quality": "medium"}, {"seed": 5}, {"episodes": 99}, {"workers": 3}):
-        assert experts_folder(Path("data"), replace(point_config, **change).experts(), tasks) == first
+        assert (
+            teachers_folder(Path("data"), replace(point_config, **change).teachers(), tasks)
+            == first
+        )
 
 
 # ---------------------------------------------------------------------------- elsewhere, and interrupted
 def test_two_processes_give_the_same_bytes(point_config, point_folder, tmp_path):
     collect(replace(point_config, workers=2, folder=str(tmp_path)), quiet=True)
-    assert everything(tmp_path) == everything(point_config.folder) and len(everything(tmp_path)) == 3 * 11 + 6
+    assert (
+        everything(tmp_path) == everything(point_config.folder)
+        and len(everything(tmp_path)) == 3 * 11 + 6
+    )
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -710,7 +854,9 @@ def test_ray_gives_the_same_bytes(point_config, point_folder, tmp_path, monkeypa
     import ray
 
     start, end = ray.init, ray.shutdown
-    monkeypatch.setattr(ray, "init", lambda *args, **options: ray.is_initialized() or start(*args, **options))
+    monkeypatch.setattr(
+        ray, "init", lambda *args, **options: ray.is_initialized() or start(*args, **options)
+    )
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     try:
         collect(replace(point_config, cluster="local", folder=str(tmp_path)), quiet=True)
@@ -728,30 +874,44 @@ def until(condition, process=None):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_command_continues_to_the_same_bytes(point_config, point_folder, tmp_path, number):
+def test_a_stopped_command_continues_to_the_same_bytes(
+    point_config, point_folder, tmp_path, number
+):
     """Stopped while the second group trains; the first is not touched again. Meanwhile nobody else may write."""
     cfg = replace(point_config, folder=str(tmp_path / "data"))
     argv = ["--preset", "paper", *flags(vars(cfg))]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # tests in the background ignore it
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # tests in the background ignore it
     process = start(argv, script="collect.py", cwd=tmp_path, **heard)
-    until(lambda: list(tmp_path.glob("data/experts/*/group-001/step-*")), process)
+    until(lambda: list(tmp_path.glob("data/teachers/*/group-001/step-*")), process)
     with pytest.raises(ValueError) as error, at_home():
         collect(cfg, quiet=True)
     one_line(error, "another process is writing", dataset_folder(cfg))
     process.send_signal(number)
     out, err = process.communicate(timeout=LONG)
     if number == signal.SIGINT:
-        assert process.returncode == 1 and "stopped; the same command continues" in err and "Traceback" not in err
+        assert (
+            process.returncode == 1
+            and "stopped; the same command continues" in err
+            and "Traceback" not in err
+        )
     else:
         assert process.returncode == -signal.SIGKILL
     group = experts_of(cfg) / "group-001"
-    assert not (group / "levels.npz").exists() and not list(dataset_folder(cfg).glob("task-*")), "it was not caught"
+    assert not (group / "levels.npz").exists() and not list(dataset_folder(cfg).glob("task-*")), (
+        "it was not caught"
+    )
     done = written(experts_of(cfg) / "group-000")
     assert "levels.npz" in done
     process = start(argv, script="collect.py", cwd=tmp_path)
     out, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err
-    assert "experts of point-robot: return" in out and "optimum -" in out and "best checkpoint 100 %" in out
+    assert (
+        "teachers of point-robot: return" in out
+        and "optimum -" in out
+        and "best checkpoint 100 %" in out
+    )
     assert everything(cfg.folder) == everything(point_config.folder)
     unchanged(experts_of(cfg) / "group-000", done)
 
@@ -795,11 +955,17 @@ def test_any_flipped_byte_of_levels_is_named_or_harmless(cfg):
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            found = train_experts(Path(cfg.folder), cfg.experts(), train + test, 1, None, quiet=True)
+            found = train_teachers(
+                Path(cfg.folder), cfg.teachers(), train + test, 1, None, quiet=True
+            )
             assert (found.sampled == want).all()
             outcomes["harmless"] += 1
         except ValueError as error:
-            assert "\n" not in str(error) and f"{path} is damaged" in str(error) and "delete it" in str(error)
+            assert (
+                "\n" not in str(error)
+                and f"{path} is damaged" in str(error)
+                and "delete it" in str(error)
+            )
             outcomes["named"] += 1
     assert outcomes["named"] > outcomes["harmless"]
 
@@ -824,9 +990,9 @@ def test_damaged_checkpoint_is_named_and_its_group_redone_alone(cfg, point_confi
 
 
 def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatch):
-    """Of 5 x 23 x 20 steps of 20 bytes; then of the experts, which need more."""
+    """Of 5 x 23 x 20 steps of 20 bytes; then of the teachers, which need more."""
     usage, cfg = namedtuple("usage", "free"), replace(point_config, folder=str(tmp_path / "data"))
-    for free, named in ((40_000, dataset_folder(cfg).name), (60_000, "experts")):
+    for free, named in ((40_000, dataset_folder(cfg).name), (60_000, "teachers")):
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path, free=free: usage(free))
         fails(cfg, named, "make room")
         assert not everything(tmp_path)
@@ -839,14 +1005,14 @@ def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"env": "darkroom"}, "darkroom's expert is a rule"),
-        ({"env": "reach"}, "--expert-warmup"),
-        ({"expert_save_every": 30}, "--expert-save-every 30"),
-        ({"expert_seed": -1}, "--expert-seed"),
+        ({"env": "darkroom"}, "darkroom's teacher is a rule"),
+        ({"env": "reach"}, "--teacher-warmup"),
+        ({"teacher_save_every": 30}, "--teacher-save-every 30"),
+        ({"teacher_seed": -1}, "--teacher-seed"),
         ({"seed": -1}, "--seed"),
         ({"workers": -1}, "--workers"),
         ({"train_tasks": -1}, "--train-tasks"),
-        ({"expert_device": "toaster"}, "toaster"),
+        ({"teacher_device": "toaster"}, "toaster"),
         ({"tasks": "missing.json"}, "missing.json"),
         ({"env": "nope"}, "nope"),
         ({"episodes": 4}, "--episodes"),
@@ -859,5 +1025,7 @@ def test_wrong_settings_are_refused_before_any_work(point_config, tmp_path, chan
 
 def test_ray_that_is_missing_is_refused_before_any_work(point_config, tmp_path, monkeypatch):
     monkeypatch.setattr("jobs.find_spec", lambda name: None)
-    fails(replace(point_config, folder=str(tmp_path / "data"), cluster="local"), "--cluster needs Ray")
+    fails(
+        replace(point_config, folder=str(tmp_path / "data"), cluster="local"), "--cluster needs Ray"
+    )
     assert not list(tmp_path.iterdir())

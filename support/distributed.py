@@ -25,7 +25,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]})"
+        ) from None
     return device
 
 

@@ -1,7 +1,7 @@
 """sac.py: soft actor-critic for many tasks at once (paper App. D.2, Table 2), one independent policy for each.
 
 in : a batched environment of n tasks          out: checkpoints of n policies, every `save_every` steps
-Read after envs.py, before experts.py.
+Read after envs.py, before teachers.py.
 
 The paper trains one policy a task, 50 tasks of up to a million steps: small networks, so a task by itself spends
 its time in overheads. Here the networks of n tasks are stacked, (n, in, out) a layer, and one batched matrix
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import load_tensors, save_tensors
+from support.files import load_tensors, save_tensors
 
 STATE = "state.safetensors"
 FORMAT = "1"
@@ -62,7 +62,9 @@ def init_mlp(n: int, sizes: Sequence[int], rng: torch.Generator) -> list[Tensor]
     return weights
 
 
-def mlp(weights: Sequence[Tensor], x: Tensor, activation: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+def mlp(
+    weights: Sequence[Tensor], x: Tensor, activation: Callable[[Tensor], Tensor] = torch.relu
+) -> Tensor:
     """n networks on n inputs: (n, B, in) -> (n, B, out)."""
     last = len(weights) // 2 - 1
     for i in range(last + 1):
@@ -87,9 +89,13 @@ class StackedSAC:
     def __init__(self, n: int, ds: int, da: int, cfg: SACConfig, seed: int, device="cpu"):
         self.n, self.da, self.cfg = n, da, cfg
         rng = torch.Generator(device).manual_seed(seed)
-        self.actor = [w.requires_grad_() for w in init_mlp(n, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)]
+        self.actor = [
+            w.requires_grad_() for w in init_mlp(n, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)
+        ]
         # both critics in one stack: the first of every task, then the second
-        self.critic = [w.requires_grad_() for w in init_mlp(2 * n, (ds + da, cfg.hidden, cfg.hidden, 1), rng)]
+        self.critic = [
+            w.requires_grad_() for w in init_mlp(2 * n, (ds + da, cfg.hidden, cfg.hidden, 1), rng)
+        ]
         self.target = [w.detach().clone() for w in self.critic]
         self.actor_optimizer = torch.optim.Adam(self.actor, cfg.lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic, cfg.lr, fused=True)
@@ -105,7 +111,9 @@ class StackedSAC:
         x = torch.cat([states, actions], -1)
         return mlp(weights, torch.cat([x, x])).view(2, self.n, -1)
 
-    def update(self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One step of both critics, the actor and the slow copies on samples (n, B, ...); `noise` (2, n, B, da) is
         standard normal, for the next states and for these. Returns the critics' and the actor's loss (n,).
         """
@@ -114,10 +122,14 @@ class StackedSAC:
             next_action, log_density = squashed(mlp(self.actor, s2), noise[0])
             value = self.q(self.target, s2, next_action).amin(0) - cfg.alpha * log_density
             goal = r + cfg.gamma * value
-        critic_loss = 0.5 * F.mse_loss(self.q(self.critic, s, a), goal.expand(2, -1, -1), reduction="none").mean(2)
+        critic_loss = 0.5 * F.mse_loss(
+            self.q(self.critic, s, a), goal.expand(2, -1, -1), reduction="none"
+        ).mean(2)
         self._step(self.critic_optimizer, self.critic, critic_loss.sum())
         action, log_density = squashed(mlp(self.actor, s), noise[1])
-        frozen = [w.detach() for w in self.critic]  # gradients flow through the critics to the action alone
+        frozen = [
+            w.detach() for w in self.critic
+        ]  # gradients flow through the critics to the action alone
         actor_loss = (cfg.alpha * log_density - self.q(frozen, s, action).amin(0)).mean(1)
         self._step(self.actor_optimizer, self.actor, actor_loss.sum())
         torch._foreach_lerp_(self.target, frozen, cfg.tau)
@@ -159,7 +171,9 @@ class Replay:
 
     def __init__(self, n: int, capacity: int, ds: int, da: int, device="cpu"):
         shapes = {"states": (ds,), "actions": (da,), "rewards": (), "following": (ds,)}
-        self.arrays = {k: torch.zeros(n, capacity, *shape, device=device) for k, shape in shapes.items()}
+        self.arrays = {
+            k: torch.zeros(n, capacity, *shape, device=device) for k, shape in shapes.items()
+        }
         self.capacity, self.seen = capacity, 0
         self.row = torch.arange(n, device=device)[:, None]
 
@@ -172,7 +186,9 @@ class Replay:
     def sample(self, batch: int, rng: torch.Generator) -> list[Tensor]:
         """`batch` transitions of each task, with replacement: (n, batch, ...) each."""
         size = (len(self.row), batch)
-        index = torch.randint(min(self.seen, self.capacity), size, generator=rng, device=self.row.device)
+        index = torch.randint(
+            min(self.seen, self.capacity), size, generator=rng, device=self.row.device
+        )
         return [array[self.row, index] for array in self.arrays.values()]
 
 
@@ -182,8 +198,10 @@ def policy_file(folder: Path, step: int) -> Path:
 
 
 def save_policies(folder: Path, step: int, kind: str, weights: dict[str, Tensor]) -> None:
-    """The policies alone, stacked over tasks (experts.py: `Policies`)."""
-    save_tensors(policy_file(folder, step), weights, {"t2mir": FORMAT, "kind": kind, "step": str(step)})
+    """The policies alone, stacked over tasks (teachers.py: `Policies`)."""
+    save_tensors(
+        policy_file(folder, step), weights, {"t2mir": FORMAT, "kind": kind, "step": str(step)}
+    )
 
 
 def save_state(folder: Path, agents: StackedSAC, replay: Replay, settings: str) -> None:
@@ -255,15 +273,22 @@ def train_sac(
                     actions = 2 * torch.rand(n, spec.action_dim, generator=rng, device=device) - 1
                 else:
                     actions = agents.act(states, rng)
-                following, rewards = (torch.from_numpy(x).to(device) for x in batch.step(actions.cpu().numpy()))
+                following, rewards = (
+                    torch.from_numpy(x).to(device) for x in batch.step(actions.cpu().numpy())
+                )
                 replay.add(states, actions, rewards, following)
                 states, total, step = following, total + rewards, step + 1
                 if step > cfg.warmup:
-                    noise = torch.randn(2, n, cfg.batch, spec.action_dim, generator=rng, device=device)
+                    noise = torch.randn(
+                        2, n, cfg.batch, spec.action_dim, generator=rng, device=device
+                    )
                     s, a, r, s2 = replay.sample(cfg.batch, rng)
                     agents.update(s, a, r, s2, noise)
             report(step, float(total.mean()))
-        weights = {f"{kind}{i // 2}": w for i, (kind, w) in enumerate(zip("wb" * 3, agents.actor, strict=True))}
+        weights = {
+            f"{kind}{i // 2}": w
+            for i, (kind, w) in enumerate(zip("wb" * 3, agents.actor, strict=True))
+        }
         save_policies(folder, step, "sac", weights)
         if time.monotonic() - written > keep_seconds or step == cfg.steps:
             save_state(folder, agents, replay, settings)

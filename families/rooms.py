@@ -16,7 +16,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from envs import SPECS, check_tasks
+from envs import check_tasks, get_family
 
 # ------------------------------------------------------------------ DarkRoom: rules and closed forms
 SIDE = 10  # cells along one wall
@@ -57,14 +57,16 @@ def darkroom_noisy_return(tasks, eps) -> np.ndarray:
     random_walk = np.zeros((SIDE**2, SIDE**2))  # row: from, column: to
     np.add.at(random_walk, (np.arange(SIDE**2)[:, None], after @ [SIDE, 1]), 1 / 5)
     best = darkroom_expert(cells[None], goals[:, None])  # (N, 100)
-    expert_to = np.take_along_axis(np.broadcast_to(after @ [SIDE, 1], (len(goals), SIDE**2, 5)), best[..., None], 2)
+    expert_to = np.take_along_axis(
+        np.broadcast_to(after @ [SIDE, 1], (len(goals), SIDE**2, 5)), best[..., None], 2
+    )
     expert_walk = np.zeros((len(goals), SIDE**2, SIDE**2))
     np.put_along_axis(expert_walk, expert_to, 1.0, 2)
     goal_id = goals @ [SIDE, 1]
     here = np.zeros((len(goals), len(eps), SIDE**2))
     here[..., 0] = 1.0  # every episode starts in the corner
     total = np.zeros((len(goals), len(eps)))
-    for _ in range(SPECS["darkroom"].horizon):
+    for _ in range(get_family("darkroom").horizon):
         here = eps[:, None] * (here @ random_walk) + (1 - eps)[:, None] * (here @ expert_walk)
         total += np.take_along_axis(here, goal_id[:, None, None], 2)[..., 0]
     return total
@@ -82,7 +84,9 @@ class DarkRoom(gym.Env):
     def __init__(self, task=(9, 9), render_mode: str | None = None):
         goal = np.asarray(task)
         if goal.shape != (2,) or not np.isin(goal, np.arange(SIDE)).all():
-            raise ValueError(f"a DarkRoom goal is two whole numbers from 0 to {SIDE - 1}, not {task}")
+            raise ValueError(
+                f"a DarkRoom goal is two whole numbers from 0 to {SIDE - 1}, not {task}"
+            )
         self.goal, self.render_mode = goal.astype(np.int64), render_mode
         self.observation_space = gym.spaces.MultiDiscrete([SIDE, SIDE])
         self.action_space = gym.spaces.Discrete(len(MOVES))
@@ -119,7 +123,7 @@ class BatchedDarkRoom:
     All tasks share the horizon, so there is no `done`: the caller counts to `spec.horizon`.
     """
 
-    spec = SPECS["darkroom"]
+    spec = get_family("darkroom")
     success = None
 
     def __init__(self, tasks, seed: int = 0):
@@ -158,7 +162,7 @@ def point_robot_optimum(tasks) -> np.ndarray:
     starts = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     goals = np.asarray(tasks, float)[:, None]
     places, total = np.broadcast_to(starts, (len(goals), *starts.shape)), 0.0
-    for _ in range(SPECS["point-robot"].horizon):
+    for _ in range(get_family("point-robot").horizon):
         places = point_robot_move(places, point_robot_expert(places, goals))
         total = total - np.linalg.norm(places - goals, axis=-1)
     return total.mean(1)
@@ -190,7 +194,7 @@ class PointRobot(gym.Env):
 class BatchedPointRobot:
     """N tasks stepped at once: states (N, 2) float32, actions (N, 2) -> rewards (N,) float32."""
 
-    spec = SPECS["point-robot"]
+    spec = get_family("point-robot")
     success = None
 
     def __init__(self, tasks, seed: int = 0):

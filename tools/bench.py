@@ -33,14 +33,14 @@ import tyro
 
 from config import Config, preset_values
 from data import ADBatch, DPTBatch, Prompt
-from envs import SPECS, get_spec, make_batch, make_env, sample_tasks
+from envs import FAMILIES, get_family, make_batch, make_env, sample_tasks
 from evaluate import play
-from files import write_atomically
 from models import T2MIR, ModelConfig
 from moe import Experts
 from policies import ADPolicy
 from router import Routing, eq1_top_k_gate
-from sac import Replay, SACConfig, StackedSAC, train_sac
+from support.files import write_atomically
+from teachers.sac import Replay, SACConfig, StackedSAC, train_sac
 from train import imitation_loss, make_optimizer
 
 # the batches that published timings of the official code used on a machine of two cores
@@ -70,7 +70,10 @@ def ceiling() -> float:
 
 def step_flops(cfg: ModelConfig, batch: int, tokens: int, read: int) -> float:
     """Products of one training step (forward, and twice that backward); `read` tokens pass the top block's end."""
-    d, attention = cfg.width, 4 * cfg.width**2 + tokens * cfg.width  # projections; q k^T and p v, causal half
+    d, attention = (
+        cfg.width,
+        4 * cfg.width**2 + tokens * cfg.width,
+    )  # projections; q k^T and p v, causal half
     plain = 2 * d * cfg.ff
     out = d // 2 if cfg.moe == "both" else d
     experts = 0
@@ -85,17 +88,30 @@ def step_flops(cfg: ModelConfig, batch: int, tokens: int, read: int) -> float:
 
 
 def paper(env: str, backbone: str, **changes) -> Config:
-    return Config(env=env, backbone=backbone, preset="paper", **{**preset_values("paper", env, backbone), **changes})
+    return Config(
+        env=env,
+        backbone=backbone,
+        preset="paper",
+        **{**preset_values("paper", env, backbone), **changes},
+    )
 
 
 def random_batch(cfg: Config, batch: int) -> ADBatch | DPTBatch:
     n, model = cfg.prompt_length, cfg.model()
 
     def states(*shape: int) -> torch.Tensor:
-        return torch.randint(10, (*shape, 2)) if model.state_values else torch.randn(*shape, model.state_dim)
+        return (
+            torch.randint(10, (*shape, 2))
+            if model.state_values
+            else torch.randn(*shape, model.state_dim)
+        )
 
     def actions(*shape: int) -> torch.Tensor:
-        return torch.randint(5, shape) if model.discrete_actions else 2 * torch.rand(*shape, model.action_dim) - 1
+        return (
+            torch.randint(5, shape)
+            if model.discrete_actions
+            else 2 * torch.rand(*shape, model.action_dim) - 1
+        )
 
     prompt = Prompt(states(batch, n), actions(batch, n), (torch.rand(batch, n) < 0.3).float())
     task = torch.arange(batch // 2).repeat_interleave(2)
@@ -133,8 +149,12 @@ def evaluation_episode() -> dict:
     cfg = paper("darkroom", "ad", routing="prefix")
     policy = ADPolicy(T2MIR(cfg.model()), keep=4)
     tasks = [[i % 10, i // 2] for i in range(20)]
-    play("darkroom", tasks, policy, 5)  # fills the history; the fifth episode already has four behind it
-    history = [Prompt(torch.randint(10, (20, 100, 2)), torch.randint(5, (20, 100)), torch.zeros(20, 100))]
+    play(
+        "darkroom", tasks, policy, 5
+    )  # fills the history; the fifth episode already has four behind it
+    history = [
+        Prompt(torch.randint(10, (20, 100, 2)), torch.randint(5, (20, 100)), torch.zeros(20, 100))
+    ]
 
     def episode() -> None:
         with torch.inference_mode():
@@ -143,7 +163,10 @@ def evaluation_episode() -> dict:
             for _ in range(100):
                 policy.observe(states, policy.act(states), torch.zeros(20))
 
-    return {"seconds": timed(episode, 3, 1), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {
+        "seconds": timed(episode, 3, 1),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
 
 
 # -------------------------------------------------------- how tokens reach experts: the candidates for moe.py
@@ -171,7 +194,9 @@ def by_grouped(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Ten
     ends = torch.bincount(chosen, minlength=len(experts.w1)).cumsum(0).int()
     expert, token = chosen[order], order // k
     hidden = F.gelu(F.grouped_mm(x[token], experts.w1, offs=ends) + experts.b1[expert])
-    y = (F.grouped_mm(hidden, experts.w2, offs=ends) + experts.b2[expert]) * routing.weight.flatten()[order, None]
+    y = (
+        F.grouped_mm(hidden, experts.w2, offs=ends) + experts.b2[expert]
+    ) * routing.weight.flatten()[order, None]
     return y.new_zeros(len(x), y.shape[-1]).index_add(0, token, y)
 
 
@@ -180,7 +205,9 @@ def dispatch(way: str) -> dict:
     torch.manual_seed(0)
     experts, x = Experts(6, 64, 128, 32), torch.randn(3200, 64, requires_grad=True)
     routing = eq1_top_k_gate(torch.randn(3200, 6), 2)
-    call = {"sorted": Experts.tokens, "dense": by_dense, "mask": by_mask, "grouped": by_grouped}[way]
+    call = {"sorted": Experts.tokens, "dense": by_dense, "mask": by_mask, "grouped": by_grouped}[
+        way
+    ]
     torch.testing.assert_close(call(experts, x, routing), Experts.tokens(experts, x, routing))
     return {"seconds": timed(lambda: call(experts, x, routing).sum().backward(), 20, 5)}
 
@@ -189,7 +216,11 @@ def dispatch(way: str) -> dict:
 def env_steps(env: str, way: str, rows: int = 20, steps: int = 60) -> dict:
     """Steps a second of `rows` tasks with random actions, on one core (but for `threads` and `processes`)."""
     tasks = sample_tasks(env, rows, np.random.default_rng(0))
-    actions = np.random.default_rng(0).uniform(-1, 1, (rows, get_spec(env).action_dim)).astype(np.float32)
+    actions = (
+        np.random.default_rng(0)
+        .uniform(-1, 1, (rows, get_family(env).action_dim))
+        .astype(np.float32)
+    )
     if way == "plain":
         envs = [make_env(env, task) for task in tasks]
         for each in envs:
@@ -280,13 +311,18 @@ def sac_updates(way, hidden: int) -> dict:
     return {"updates_per_s": updates, "ceiling_share": updates * sac_flops(hidden, 256) / ceiling()}
 
 
-CURVE = SACConfig(2000, 100, 20, hidden=64, replay=2000)  # Table 2's Point-Robot, with narrower networks
+CURVE = SACConfig(
+    2000, 100, 20, hidden=64, replay=2000
+)  # Table 2's Point-Robot, with narrower networks
 GOALS = [[0.8, 0.6], [-0.5, 0.9], [0.3, -0.7], [-0.9, -0.4], [0.0, 1.0]]
 
 
 def curve(returns: np.ndarray) -> dict:
     """(runs, episodes) to the mean return of the ten episodes before steps 500, 1000 and 2000."""
-    return {f"return_{step}": float(returns[:, step // 20 - 10 : step // 20].mean()) for step in (500, 1000, 2000)}
+    return {
+        f"return_{step}": float(returns[:, step // 20 - 10 : step // 20].mean())
+        for step in (500, 1000, 2000)
+    }
 
 
 def sac_curve_stacked() -> dict:
@@ -315,9 +351,15 @@ def sac_curve_sb3() -> dict:
     for seed in range(3):
         for goal in GOALS:
             env = Monitor(make_env("point-robot", goal))
-            options = {"learning_starts": CURVE.warmup, "buffer_size": CURVE.replay, "ent_coef": CURVE.alpha}
+            options = {
+                "learning_starts": CURVE.warmup,
+                "buffer_size": CURVE.replay,
+                "ent_coef": CURVE.alpha,
+            }
             net = {"net_arch": [CURVE.hidden] * 2}
-            SAC("MlpPolicy", env, policy_kwargs=net, seed=seed, device="cpu", **options).learn(CURVE.steps)
+            SAC("MlpPolicy", env, policy_kwargs=net, seed=seed, device="cpu", **options).learn(
+                CURVE.steps
+            )
             returns.append(env.get_episode_rewards())
     return curve(np.array(returns)) | spread(np.array(returns))
 
@@ -328,14 +370,25 @@ def spread(returns: np.ndarray) -> dict:
     return {"seed_deviation": float(last.std(ddof=1))}
 
 
-CONTINUOUS = [name for name, spec in SPECS.items() if spec.state_values is None and name != "cheetah-vel-3cluster"]
+CONTINUOUS = [
+    name
+    for name, spec in FAMILIES.items()
+    if spec.state_values is None and name != "cheetah-vel-3cluster"
+]
 MEASUREMENTS = {
     **{f"{b}-{env}-train": partial(train_step, env, b) for env, b in BATCH},
     "ad-darkroom-train-prefix": partial(train_step, "darkroom", "ad", routing="prefix"),
-    **{f"{b}-darkroom-train-none": partial(train_step, "darkroom", b, moe="none") for b in ("ad", "dpt")},
+    **{
+        f"{b}-darkroom-train-none": partial(train_step, "darkroom", b, moe="none")
+        for b in ("ad", "dpt")
+    },
     "ad-darkroom-eval-episode": evaluation_episode,
     **{f"dispatch-{way}": partial(dispatch, way) for way in ("sorted", "dense", "mask", "grouped")},
-    **{f"env-{env}-{way}": partial(env_steps, env, way) for env in CONTINUOUS for way in ("plain", "batched")},
+    **{
+        f"env-{env}-{way}": partial(env_steps, env, way)
+        for env in CONTINUOUS
+        for way in ("plain", "batched")
+    },
     **{
         f"env-{env}-{way}": partial(env_steps, env, way)
         for env in ("cheetah-vel", "walker-param")
@@ -356,7 +409,9 @@ def measure(job: tuple[str, int]) -> dict:
 
 
 def main(
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None, only: str | None = None, threads: int = 0
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+    only: str | None = None,
+    threads: int = 0,
 ) -> None:
     """Measure and print.
 
@@ -374,8 +429,13 @@ def main(
         values = [f"{k} {v:.4g}" for k, v in found[-1].items() if isinstance(v, float)]
         print(f"{name:<28}" + "   ".join(values), flush=True)
     if json_file:
-        rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in found]
-        write_atomically(Path(json_file), lambda path: path.write_text(json.dumps(rounded, indent=1) + "\n"))
+        rounded = [
+            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+            for row in found
+        ]
+        write_atomically(
+            Path(json_file), lambda path: path.write_text(json.dumps(rounded, indent=1) + "\n")
+        )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from data import Prompt
-from rooms import MOVES, SIDE, darkroom_expert
+from families.rooms import MOVES, SIDE, darkroom_expert
 
 CELLS = np.stack(np.divmod(np.arange(SIDE**2), SIDE), -1)  # (100, 2); id = 10 x + y
 # EXPERT[s, g] one-hot: the optimal action in cell s for goal g, (100, 100, 5)
-EXPERT = torch.nn.functional.one_hot(torch.from_numpy(darkroom_expert(CELLS[:, None], CELLS[None])), len(MOVES)).float()
+EXPERT = torch.nn.functional.one_hot(
+    torch.from_numpy(darkroom_expert(CELLS[:, None], CELLS[None])), len(MOVES)
+).float()
 
 
 def cell_id(cells: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ def goal_posterior(prompt: Prompt | None, rows: int = 1) -> Tensor:
     empty = torch.zeros(len(entered), SIDE**2, device=entered.device)
     paid = empty.scatter_reduce(1, entered, prompt.rewards, "amax")
     unvisited = 1 - empty.scatter(1, entered, 1.0)
-    unvisited = torch.where(unvisited.sum(1, keepdim=True) > 0, unvisited, torch.ones_like(unvisited))
+    unvisited = torch.where(
+        unvisited.sum(1, keepdim=True) > 0, unvisited, torch.ones_like(unvisited)
+    )
     belief = torch.where(paid.amax(1, keepdim=True) > 0, paid, unvisited)
     return belief / belief.sum(1, keepdim=True)
 
@@ -67,4 +71,7 @@ if __name__ == "__main__":
     tasks = CELLS.tolist() * 20
     for memory in ("last", "all"):
         returns = play("darkroom", tasks, ExactPosterior(memory, seed=0), 40).mean(0)
-        print(f"prompt {memory:4s}: " + "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20, 40)))
+        print(
+            f"prompt {memory:4s}: "
+            + "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20, 40))
+        )

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from config import Config
 from envs import check_tasks
-from files import write_atomically
 from models import T2MIR
+from support.files import write_atomically
 
 FILE = "checkpoint.safetensors"
 FORMAT = "1"
@@ -37,7 +37,9 @@ class State:
     state_std: Tensor
     step: int = 0
     seconds: float = 0.0  # of training so far, over all its parts
-    sums: dict[str, float] = field(default_factory=dict)  # logged terms since the last row of train.csv
+    sums: dict[str, float] = field(
+        default_factory=dict
+    )  # logged terms since the last row of train.csv
 
 
 def write_config(folder: Path, cfg: Config, tasks: dict) -> None:
@@ -79,10 +81,12 @@ def read_tasks(folder: str | Path) -> dict[str, list]:
 
 
 def read_reference(folder: str | Path, split: str) -> dict[str, list[float]] | None:
-    """{"random": ..., "expert": ...} of each task of a split, if the run's dataset knew them."""
+    """{"random": ..., "teacher": ...} of each task of a split, if the run's dataset knew them."""
     known = read_config(folder)["task_split"].get("reference")
     known = known.get(split) if isinstance(known, dict) else None
-    return known if isinstance(known, dict) and known.get("random") and known.get("expert") else None
+    return (
+        known if isinstance(known, dict) and known.get("random") and known.get("teacher") else None
+    )
 
 
 def save(folder: Path, state: State) -> None:
@@ -94,7 +98,12 @@ def save(folder: Path, state: State) -> None:
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors |= {"states.mean": state.state_mean, "states.std": state.state_std}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    about = {"t2mir": FORMAT, "step": str(state.step), "seconds": repr(state.seconds), "sums": json.dumps(state.sums)}
+    about = {
+        "t2mir": FORMAT,
+        "step": str(state.step),
+        "seconds": repr(state.seconds),
+        "sums": json.dumps(state.sums),
+    }
     write_atomically(folder / FILE, lambda path: save_file(tensors, path, metadata=about))
 
 
@@ -102,7 +111,9 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the header. Raises ValueError with one line for a missing, damaged or foreign file."""
     path = Path(folder) / FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {FILE}: train it first, or continue its run with --resume")
+        raise ValueError(
+            f"{folder} has no {FILE}: train it first, or continue its run with --resume"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -148,7 +159,9 @@ def load(folder: str | Path, state: State) -> None:
     state.sums = json.loads(about["sums"])
 
 
-def load_model(folder: str | Path, device) -> tuple[T2MIR, Config, dict[str, str], tuple[Tensor, Tensor]]:
+def load_model(
+    folder: str | Path, device
+) -> tuple[T2MIR, Config, dict[str, str], tuple[Tensor, Tensor]]:
     """The policy of a run in eval mode, its settings, the header, and the states' mean and deviation."""
     cfg = load_config(folder)
     tensors, about = read(folder)

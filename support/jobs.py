@@ -63,7 +63,11 @@ def _remote(work: Work, job) -> object:
 
 
 def run_jobs(
-    work: Work, jobs: Iterable, workers: int, cluster: str | None = None, watch: Callable[[], None] = lambda: None
+    work: Work,
+    jobs: Iterable,
+    workers: int,
+    cluster: str | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> list:
     """`work` on every job; `watch` is called every second meanwhile (progress bars).
 
@@ -77,7 +81,9 @@ def run_jobs(
     stop = context.Event()
     with ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _begin, (stop,)) as pool:
         try:
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as workers start, it would kill them
+            mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, {signal.SIGINT}
+            )  # as workers start, it would kill them
             try:
                 futures = [pool.submit(_local, work, job) for job in jobs]
             finally:
@@ -89,7 +95,9 @@ def run_jobs(
                 for future in done:
                     future.result()  # raises what the job raised, at once
         except BrokenProcessPool:
-            raise OSError("a worker process was killed (out of memory?); the same command continues") from None
+            raise OSError(
+                "a worker process was killed (out of memory?); the same command continues"
+            ) from None
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -115,7 +123,9 @@ def _run_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], None])
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                raise OSError(f"Ray lost a job ({type(error).__name__}); the same command continues") from None
+                raise OSError(
+                    f"Ray lost a job ({type(error).__name__}); the same command continues"
+                ) from None
         return ray.get(references)
     finally:
         ray.shutdown()

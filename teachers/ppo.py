@@ -1,4 +1,4 @@
-"""ppo.py: the expert of one Reach or Push task by PPO (paper App. D.2, Table 3).
+"""ppo.py: the teacher of one Reach or Push task by PPO (paper App. D.2, Table 3).
 
 in : an environment of one task, settings, seed        out: policies, one per 2048 steps, and a state
 Read after envs.py; stable-baselines3 has the algorithm (MlpPolicy: two tanh layers of 64 each for policy and value).
@@ -29,7 +29,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from files import load_tensors, save_tensors
+from support.files import load_tensors, save_tensors
 
 STATE = "state.safetensors"
 FORMAT = "1"
@@ -55,7 +55,12 @@ def stream(seed: Sequence[int], segment: int) -> int:
 
 def build(env: gym.Env, cfg: PPOConfig, seed: Sequence[int]) -> PPO:
     """The untrained model."""
-    rest = {"n_steps": cfg.n_steps, "batch_size": cfg.batch, "n_epochs": cfg.epochs, "gamma": cfg.gamma}
+    rest = {
+        "n_steps": cfg.n_steps,
+        "batch_size": cfg.batch,
+        "n_epochs": cfg.epochs,
+        "gamma": cfg.gamma,
+    }
     model = PPO("MlpPolicy", env, cfg.lr, **rest, seed=stream(seed, 0), device="cpu", verbose=0)
     model.set_logger(Logger(None, []))  # the default one makes a temporary folder in every learn()
     return model
@@ -65,9 +70,14 @@ def save_policy(folder: Path, model: PPO, step: int) -> None:
     """The policy network as a stack of one; weights (1, in, out), biases and log_std (1, 1, out)."""
     net = model.policy
     tensors = {"log_std": net.log_std[None, None]}
-    for i, layer in enumerate((net.mlp_extractor.policy_net[0], net.mlp_extractor.policy_net[2], net.action_net)):
+    for i, layer in enumerate(
+        (net.mlp_extractor.policy_net[0], net.mlp_extractor.policy_net[2], net.action_net)
+    ):
         tensors |= {f"w{i}": layer.weight.T[None], f"b{i}": layer.bias[None, None]}
-    path, about = folder / f"step-{step:010d}.safetensors", {"t2mir": FORMAT, "kind": "ppo", "step": str(step)}
+    path, about = (
+        folder / f"step-{step:010d}.safetensors",
+        {"t2mir": FORMAT, "kind": "ppo", "step": str(step)},
+    )
     save_tensors(path, tensors, about)
 
 
@@ -75,7 +85,12 @@ def save_state(folder: Path, model: PPO, step: int, settings: dict) -> None:
     tensors = {f"policy.{name}": value for name, value in model.policy.state_dict().items()}
     for index, moments in model.policy.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-    about = {"t2mir": FORMAT, "kind": "ppo-state", "step": str(step), "settings": json.dumps(settings)}
+    about = {
+        "t2mir": FORMAT,
+        "kind": "ppo-state",
+        "step": str(step),
+        "settings": json.dumps(settings),
+    }
     save_tensors(folder / STATE, tensors, about)
 
 
@@ -97,11 +112,15 @@ def read_state(path: Path, settings: dict) -> tuple[dict[str, Tensor], int]:
 
 def restore(model: PPO, tensors: dict[str, Tensor], path: Path) -> None:
     """Weights and moments of `read_state` into the model. Raises ValueError with one line if they do not fit."""
-    weights = {name.removeprefix("policy."): v for name, v in tensors.items() if name.startswith("policy.")}
+    weights = {
+        name.removeprefix("policy."): v for name, v in tensors.items() if name.startswith("policy.")
+    }
     try:
         model.policy.load_state_dict(weights)
     except RuntimeError:
-        raise ValueError(f"{path} is of another environment: delete it to train this task anew") from None
+        raise ValueError(
+            f"{path} is of another environment: delete it to train this task anew"
+        ) from None
     adam, keys = model.policy.optimizer, ("step", "exp_avg", "exp_avg_sq")
     count = len(list(model.policy.parameters()))
     moments = {i: {key: tensors[f"adam.{i}.{key}"].clone() for key in keys} for i in range(count)}
@@ -124,7 +143,9 @@ def train_ppo(
     """
     folder, tensors, step = Path(folder), None, 0
     settings = {**asdict(cfg), "seed": [int(number) for number in seed]}
-    total, save_every = (math.ceil(n / cfg.n_steps) * cfg.n_steps for n in (cfg.steps, cfg.save_every))
+    total, save_every = (
+        math.ceil(n / cfg.n_steps) * cfg.n_steps for n in (cfg.steps, cfg.save_every)
+    )
     if (folder / STATE).exists():
         tensors, step = read_state(folder / STATE, settings)
     else:  # policies whose state was deleted would mix two runs

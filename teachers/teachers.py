@@ -1,9 +1,9 @@
-"""experts.py: one policy a task, trained, measured and rolled out (paper App. D.2, Tables 2 and 3).
+"""teachers.py: one policy a task, trained, measured and rolled out (paper App. D.2, Tables 2 and 3).
 
-in : tasks, an `ExpertConfig`           out: checkpoints, their levels, and the arrays of one task of a dataset
+in : tasks, an `TeacherConfig`           out: checkpoints, their levels, and the arrays of one task of a dataset
 Read after sac.py and ppo.py, before collect.py.
 
-    experts/<name>/group-000/step-0000000020.safetensors   the policies of a group of tasks, stacked
+    teachers/<name>/group-000/step-0000000020.safetensors   the policies of a group of tasks, stacked
                              levels.npz                     the return of every checkpoint, measured
                              state.safetensors              what training continues from, until it is done
 
@@ -38,11 +38,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs import get_spec, make_batch, make_env, optimal_returns, random_returns
-from files import load_tensors, need_space, only_writer, progress, save_arrays
-from jobs import run_jobs
-from ppo import PPOConfig, train_ppo
-from sac import STATE, SACConfig, mlp, policy_file, squashed, train_sac
+from envs import get_family, make_batch, make_env, optimal_returns, random_returns
+from support.files import load_tensors, need_space, only_writer, progress, save_arrays
+from support.jobs import run_jobs
+from teachers.ppo import PPOConfig, train_ppo
+from teachers.sac import STATE, SACConfig, mlp, policy_file, squashed, train_sac
 
 # Tables 2 and 3; hidden units and replay of the official configuration
 PAPER = {
@@ -57,8 +57,8 @@ LEVEL = {"mixed": np.inf, "medium-expert": 0.8, "medium": 0.5}
 
 
 @dataclass(frozen=True)
-class ExpertConfig:
-    """What fixes the experts of a family; 0: the paper's (Tables 2, 3)."""
+class TeacherConfig:
+    """What fixes the teachers of a family; 0: the paper's (Tables 2, 3)."""
 
     env: str
     steps: int = 0
@@ -74,23 +74,32 @@ class ExpertConfig:
 
     def algorithm(self) -> SACConfig | PPOConfig:
         """Raises ValueError for a setting that the family's algorithm does not have or that cannot be."""
-        given = {k: getattr(self, k) for k in ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")}
+        given = {
+            k: getattr(self, k)
+            for k in ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")
+        }
         given = {k: v for k, v in given.items() if v}
         if not all(v > 0 for v in (self.group, self.level_episodes, *given.values())):
-            raise ValueError("settings of experts must be positive (0: the paper's)")
-        base, horizon = PAPER.get(self.env), get_spec(self.env).horizon
+            raise ValueError("settings of teachers must be positive (0: the paper's)")
+        base, horizon = PAPER.get(self.env), get_family(self.env).horizon
         if base is None:  # a family of the user's
-            base = SACConfig(200 * horizon, 5 * horizon, 5 * horizon, hidden=64, replay=200 * horizon)
+            base = SACConfig(
+                200 * horizon, 5 * horizon, 5 * horizon, hidden=64, replay=200 * horizon
+            )
         foreign = [k for k in given if not hasattr(base, k)]
         if foreign:
-            raise ValueError(f"{self.env}'s experts are trained by PPO, which has no --expert-{foreign[0]}")
+            raise ValueError(
+                f"{self.env}'s teachers are trained by PPO, which has no --teacher-{foreign[0]}"
+            )
         if isinstance(base, SACConfig) and base.replay == base.steps:
             given["replay"] = given.get("steps", base.steps)  # Point-Robot's replay holds all
         found = replace(base, **given)
-        if isinstance(found, SACConfig) and (found.save_every % horizon or found.steps % found.save_every):
+        if isinstance(found, SACConfig) and (
+            found.save_every % horizon or found.steps % found.save_every
+        ):
             raise ValueError(
-                f"--expert-save-every {found.save_every} must be whole episodes of {horizon} steps and divide "
-                f"--expert-steps {found.steps}"
+                f"--teacher-save-every {found.save_every} must be whole episodes of {horizon} steps and divide "
+                f"--teacher-steps {found.steps}"
             )
         return found
 
@@ -134,7 +143,9 @@ def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(N
             raise ValueError(f"{error}: delete {folder} to train its tasks anew") from None
         parts.append({name: tensor[rows] for name, tensor in tensors.items()})
     stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Policies(kind, [stacked[f"{k}{i}"] for i in range(3) for k in "wb"], stacked.get("log_std"))
+    return Policies(
+        kind, [stacked[f"{k}{i}"] for i in range(3) for k in "wb"], stacked.get("log_std")
+    )
 
 
 def join(several: Sequence[Policies]) -> Policies:
@@ -146,13 +157,18 @@ def join(several: Sequence[Policies]) -> Policies:
 
 @torch.inference_mode()
 def rollout(
-    policies: Policies | None, env: str, tasks: list, episodes: int, seed: Sequence[int], sampled: bool
+    policies: Policies | None,
+    env: str,
+    tasks: list,
+    episodes: int,
+    seed: Sequence[int],
+    sampled: bool,
 ) -> dict:
     """`episodes` episodes of each of M policies on its own task, all at once; None: uniformly random actions.
 
     states (M, episodes, T, ds), actions (M, episodes, T, da), rewards (M, episodes, T), success (M, episodes) bool.
     """
-    spec, many = get_spec(env), len(tasks)
+    spec, many = get_family(env), len(tasks)
     streams = [int(x) for x in np.random.SeedSequence(seed).generate_state(2)]
     batch = make_batch(env, [task for task in tasks for _ in range(episodes)], streams[0])
     rng = torch.Generator().manual_seed(streams[1]) if sampled else None
@@ -161,7 +177,11 @@ def rollout(
         if policies is None:
             actions = 2 * torch.rand(many * episodes, spec.action_dim, generator=rng).numpy() - 1
         else:
-            actions = policies.act(torch.from_numpy(states).view(many, episodes, -1), rng).flatten(0, 1).numpy()
+            actions = (
+                policies.act(torch.from_numpy(states).view(many, episodes, -1), rng)
+                .flatten(0, 1)
+                .numpy()
+            )
         following, rewards = batch.step(actions)
         rows.append((states, actions, rewards))
         states = following
@@ -179,14 +199,14 @@ def rollout(
 class Group:
     """A job: train the tasks of one group and measure their checkpoints."""
 
-    cfg: ExpertConfig
+    cfg: TeacherConfig
     number: int
     tasks: list
     folder: str
     device: str = "cpu"
 
 
-def groups_of(cfg: ExpertConfig, tasks: list, folder: Path, device: str = "cpu") -> list[Group]:
+def groups_of(cfg: TeacherConfig, tasks: list, folder: Path, device: str = "cpu") -> list[Group]:
     """SAC stacks `cfg.group` tasks; PPO trains one by one."""
     size = cfg.group if isinstance(cfg.algorithm(), SACConfig) else 1
     starts = range(0, len(tasks), size)
@@ -196,10 +216,12 @@ def groups_of(cfg: ExpertConfig, tasks: list, folder: Path, device: str = "cpu")
     ]
 
 
-def checkpoints(cfg: ExpertConfig) -> list[int]:
+def checkpoints(cfg: TeacherConfig) -> list[int]:
     """The steps of all checkpoints."""
     found = cfg.algorithm()
-    unit = found.save_every if isinstance(found, SACConfig) else found.n_steps  # PPO trains in whole rollouts
+    unit = (
+        found.save_every if isinstance(found, SACConfig) else found.n_steps
+    )  # PPO trains in whole rollouts
     every, total = (math.ceil(n / unit) * unit for n in (found.save_every, found.steps))
     return sorted({*range(every, total + 1, every), total})
 
@@ -207,7 +229,9 @@ def checkpoints(cfg: ExpertConfig) -> list[int]:
 def train_group(group: Group, alive) -> None:
     """Train what is missing of a group, then measure it. Continues where it was stopped; the replay goes at the end."""
     folder, cfg = Path(group.folder), group.cfg
-    with only_writer(folder, seconds=60):  # a worker of a killed command may still be in its last episode
+    with only_writer(
+        folder, seconds=60
+    ):  # a worker of a killed command may still be in its last episode
         if (folder / "levels.npz").exists():
             return
         algorithm, seed = cfg.algorithm(), (cfg.seed, group.number)
@@ -217,7 +241,13 @@ def train_group(group: Group, alive) -> None:
             batch = make_batch(cfg.env, group.tasks)
             train_sac(batch, algorithm, seed, folder, lambda *_: alive(), group.device)
         else:
-            train_ppo(partial(make_env, cfg.env, group.tasks[0]), algorithm, seed, folder, lambda *_: alive())
+            train_ppo(
+                partial(make_env, cfg.env, group.tasks[0]),
+                algorithm,
+                seed,
+                folder,
+                lambda *_: alive(),
+            )
         save_arrays(folder / "levels.npz", measure(group, alive))
         (folder / STATE).unlink(missing_ok=True)
 
@@ -232,7 +262,12 @@ def measure(group: Group, alive) -> dict[str, np.ndarray]:
         policies = load_policies(Path(group.folder), [step])
         for name, sampled in (("sampled", True), ("mean", False)):
             played = rollout(
-                policies, cfg.env, group.tasks, cfg.level_episodes, (cfg.seed, group.number, step, sampled), sampled
+                policies,
+                cfg.env,
+                group.tasks,
+                cfg.level_episodes,
+                (cfg.seed, group.number, step, sampled),
+                sampled,
             )
             found[name].append(played["rewards"].sum(-1))
         found["success"].append(played["success"].mean(1))
@@ -241,10 +276,10 @@ def measure(group: Group, alive) -> dict[str, np.ndarray]:
 
 
 @dataclass
-class Experts:
-    """What is known of the experts of N tasks after training; C checkpoints."""
+class Teachers:
+    """What is known of the teachers of N tasks after training; C checkpoints."""
 
-    cfg: ExpertConfig
+    cfg: TeacherConfig
     groups: list[Group]
     steps: list[int]  # (C,)
     sampled: np.ndarray  # (C, N) mean return of sampled actions
@@ -272,7 +307,7 @@ class Experts:
 
     @property
     def best(self) -> np.ndarray:
-        """(N,) the best checkpoint's return with mean actions: the reference `expert`."""
+        """(N,) the best checkpoint's return with mean actions: the reference `teacher`."""
         return self.mean.max(0)
 
     def place(self, task: int) -> tuple[Group, int]:
@@ -284,38 +319,48 @@ class Experts:
         raise IndexError(task)
 
 
-def experts_folder(root: Path, cfg: ExpertConfig, tasks: list) -> Path:
+def teachers_folder(root: Path, cfg: TeacherConfig, tasks: list) -> Path:
     """One folder for everything that changes the bytes."""
     about = json.dumps([asdict(cfg), asdict(cfg.algorithm()), tasks])
-    name = (
-        f"{get_spec(cfg.env).name}-{cfg.algorithm().steps}-s{cfg.seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-    )
-    return root / "experts" / name
+    name = f"{get_family(cfg.env).name}-{cfg.algorithm().steps}-s{cfg.seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+    return root / "teachers" / name
 
 
-def train_experts(
-    root: Path, cfg: ExpertConfig, tasks: list, workers: int, cluster: str | None, device: str = "cpu", quiet=False
-) -> Experts:
-    """Train and measure the experts of `tasks`, or read them if they are there.
+def train_teachers(
+    root: Path,
+    cfg: TeacherConfig,
+    tasks: list,
+    workers: int,
+    cluster: str | None,
+    device: str = "cpu",
+    quiet=False,
+) -> Teachers:
+    """Train and measure the teachers of `tasks`, or read them if they are there.
 
     Raises ValueError with one line for impossible settings, a full disk, a damaged file or a second process.
     """
-    folder, steps = experts_folder(root, cfg, tasks), checkpoints(cfg)
+    folder, steps = teachers_folder(root, cfg, tasks), checkpoints(cfg)
     groups = groups_of(cfg, tasks, folder, device)
     missing = [group for group in groups if not (Path(group.folder) / "levels.npz").exists()]
     if missing:
-        algorithm, spec = cfg.algorithm(), get_spec(cfg.env)
+        algorithm, spec = cfg.algorithm(), get_family(cfg.env)
         hidden = getattr(algorithm, "hidden", 64)
         policy = 4 * ((spec.state_dim + 2 * spec.action_dim) * hidden + hidden**2)
-        state = 40 * hidden**2 * 4 + getattr(algorithm, "replay", 0) * 4 * (2 * spec.state_dim + spec.action_dim + 1)
-        need_space(folder, 1.1 * sum(len(group.tasks) for group in missing) * (policy * len(steps) + state))
+        state = 40 * hidden**2 * 4 + getattr(algorithm, "replay", 0) * 4 * (
+            2 * spec.state_dim + spec.action_dim + 1
+        )
+        need_space(
+            folder, 1.1 * sum(len(group.tasks) for group in missing) * (policy * len(steps) + state)
+        )
         with only_writer(folder):
 
             def written() -> int:
                 return len(list(folder.glob("group-*/step-*.safetensors")))
 
-            total, title = len(groups) * len(steps), f"experts of {cfg.env}"
-            bar = progress(total=total, initial=written(), desc=title, unit="checkpoint", disable=quiet)
+            total, title = len(groups) * len(steps), f"teachers of {cfg.env}"
+            bar = progress(
+                total=total, initial=written(), desc=title, unit="checkpoint", disable=quiet
+            )
             run_jobs(train_group, missing, workers, cluster, lambda: bar.update(written() - bar.n))
             bar.close()
     found: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
@@ -326,24 +371,26 @@ def train_experts(
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in found}
         except Exception as error:  # whatever numpy, zipfile and zlib make of damage
-            raise ValueError(f"{path} is damaged ({error!r}): delete it to measure those tasks anew") from None
+            raise ValueError(
+                f"{path} is damaged ({error!r}): delete it to measure those tasks anew"
+            ) from None
         highest.append(arrays["sampled"].max((0, 2)))
         for name, values in arrays.items():
             found[name].append(values.mean(2) if values.ndim == 3 else values)
     joined = {name: np.concatenate(parts, -1) for name, parts in found.items()}
-    return Experts(cfg, groups, steps, highest=np.concatenate(highest), **joined)
+    return Teachers(cfg, groups, steps, highest=np.concatenate(highest), **joined)
 
 
-def describe(experts: Experts, tasks: list) -> str:
-    """One line: the experts' mean return between the random policy's and the optimum."""
-    cfg, best, floor = experts.cfg, experts.best, experts.random
-    line = f"experts of {cfg.env}: return {best.mean():.1f} on average, random policy {floor.mean():.1f}"
+def describe(teachers: Teachers, tasks: list) -> str:
+    """One line: the teachers' mean return between the random policy's and the optimum."""
+    cfg, best, floor = teachers.cfg, teachers.best, teachers.random
+    line = f"teachers of {cfg.env}: return {best.mean():.1f} on average, random policy {floor.mean():.1f}"
     optimum = optimal_returns(cfg.env, tasks)
     if optimum is not None:
         share = ((best - floor) / (optimum - floor)).mean()
         line += f", optimum {optimum.mean():.1f} ({100 * share:.0f} % of the way)"
-    if get_spec(cfg.env).success:
-        line += f", success {100 * experts.success[experts.mean.argmax(0), np.arange(len(tasks))].mean():.0f} %"
+    if get_family(cfg.env).success:
+        line += f", success {100 * teachers.success[teachers.mean.argmax(0), np.arange(len(tasks))].mean():.0f} %"
     return line
 
 
@@ -361,7 +408,9 @@ class Part:
     behaviour: list[int]  # steps of the checkpoints that make the task's own episodes
     label: int  # step of the checkpoint that labels
     own: int  # episodes
-    others: list[tuple[str, int, int]]  # folder, step, row of a policy of another task: an episode each
+    others: list[
+        tuple[str, int, int]
+    ]  # folder, step, row of a policy of another task: an episode each
     random: int  # episodes of random actions
     queries: int
     seed: int
@@ -369,23 +418,44 @@ class Part:
 
 
 def parts_of(
-    experts: Experts, tasks: int, quality: str, recipe: str, episodes: int, queries: int, seed: int, names: list[Path]
+    teachers: Teachers,
+    tasks: int,
+    quality: str,
+    recipe: str,
+    episodes: int,
+    queries: int,
+    seed: int,
+    names: list[Path],
 ) -> list[Part]:
     """The jobs of a dataset of the first `tasks` tasks, to be written to `names`. Other tasks' checkpoints are of the
     same quality, all equally likely.
     """
-    chosen = [experts.chosen(quality, i) for i in range(tasks)]
+    chosen = [teachers.chosen(quality, i) for i in range(tasks)]
     own = max(1, round(OWN_SHARE[recipe] * episodes)) if tasks > 1 else episodes
     parts = []
     for i, (behaviour, label) in enumerate(chosen):
-        group, row = experts.place(i)
+        group, row = teachers.place(i)
         rng, others = np.random.default_rng([seed, 3, i]), []
         for _ in range(episodes - own if recipe == "explore" else 0):
             other = int((i + 1 + rng.integers(tasks - 1)) % tasks)
-            where, line = experts.place(other)
-            others.append((where.folder, experts.steps[rng.choice(chosen[other][0])], line))
-        steps, rest = [experts.steps[c] for c in behaviour], episodes - own - len(others)
-        parts.append(Part(group, row, i, steps, experts.steps[label], own, others, rest, queries, seed, str(names[i])))
+            where, line = teachers.place(other)
+            others.append((where.folder, teachers.steps[rng.choice(chosen[other][0])], line))
+        steps, rest = [teachers.steps[c] for c in behaviour], episodes - own - len(others)
+        parts.append(
+            Part(
+                group,
+                row,
+                i,
+                steps,
+                teachers.steps[label],
+                own,
+                others,
+                rest,
+                queries,
+                seed,
+                str(names[i]),
+            )
+        )
     return parts
 
 
@@ -404,17 +474,27 @@ def make_part(part: Part, alive) -> None:
         alive()
         policies, rest = None, part.random
         if part.others:
-            policies = join([load_policies(Path(where), [step], row) for where, step, row in part.others])
+            policies = join(
+                [load_policies(Path(where), [step], row) for where, step, row in part.others]
+            )
             rest = len(part.others)
         played = rollout(policies, env, [goal] * rest, 1, (part.seed, 4, part.task), sampled=True)
-        arrays = {name: np.concatenate([array, played[name][:, 0]]) for name, array in arrays.items()}
+        arrays = {
+            name: np.concatenate([array, played[name][:, 0]]) for name, array in arrays.items()
+        }
     rng = np.random.default_rng([part.seed, 2, part.task])
-    steps = part.own * arrays["rewards"].shape[1]  # the expert knows what to do where its own training has been
+    steps = (
+        part.own * arrays["rewards"].shape[1]
+    )  # the teacher knows what to do where its own training has been
     pick = rng.choice(steps, part.queries, replace=part.queries > steps)
     states = arrays["states"][: part.own].reshape(steps, -1)[pick]
-    if get_spec(env).expert == "ppo":
+    if get_family(env).teacher == "ppo":
         labels = arrays["actions"][: part.own].reshape(steps, -1)[pick]
     else:
         with torch.inference_mode():
-            labels = load_policies(folder, [part.label], part.row).act(torch.from_numpy(states)[None])[0].numpy()
+            labels = (
+                load_policies(folder, [part.label], part.row)
+                .act(torch.from_numpy(states)[None])[0]
+                .numpy()
+            )
     save_arrays(Path(part.path), arrays | {"query_states": states, "query_actions": labels})
