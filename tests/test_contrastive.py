@@ -1,6 +1,6 @@
-"""test_contrastive.py: Eq. 7 (InfoNCE), Eq. 8 (momentum router), Eq. 5, 6 and Theorem 1 (Sec. 4.2, App. C).
+"""test_contrastive.py: Eq. 7 (InfoNCE), 8 (momentum), Eq. 5, 6 and Theorem 1 (Sec. 4.2, App. C).
 
-Each equation three ways: numbers worked out by hand, a slow loop (values and gradients), a property.
+Each equation three ways: numbers by hand, a slow loop (values and gradients), a property.
 Run: python -m pytest -q tests/test_contrastive.py
 """
 
@@ -16,6 +16,7 @@ from contrastive import (
     TaskRouter,
     eq6_bound,
     eq7_info_nce,
+    eq7_pairs,
     eq8_momentum_update,
     symmetric_channel_information,
 )
@@ -32,12 +33,12 @@ def info_nce_of_scores(score, task):
     return eq7_info_nce(score, eye, eye, torch.tensor(task))
 
 
-def slow_info_nce(query, key, w, task):
+def slow_info_nce(query, key, w, task, keys="all"):
     losses, hits = [], []
     for i in range(len(task)):
         above, below, best = 0.0, 0.0, None
         for j in range(len(task)):
-            if j == i:
+            if j == i or (keys == "other" and j % 2 == i % 2):
                 continue
             score = sum(
                 query[i, a] * w[a, b] * key[j, b] for a in range(len(w)) for b in range(len(w))
@@ -54,7 +55,7 @@ def slow_info_nce(query, key, w, task):
     return sum(losses) / len(losses), sum(hits) / len(hits)
 
 
-# ----------------------------------------------------------------------------------------------- Eq. 7
+# -------------------------------------------------------------------------------------------- Eq. 7
 def test_eq7_by_hand():
     exp_score = [
         [99.0, 3, 1, 4],  # positives 3 + 1 of 8: log 2; the best key is a negative
@@ -67,15 +68,47 @@ def test_eq7_by_hand():
     assert accuracy.item() == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("task", [[0, 1, 0, 1], [0, 0, 0, 1, 1, 2], [5, 3, 5, 5, 3, 3]])
-def test_eq7_matches_loop(task):
+@pytest.mark.parametrize("keys", ["all", "other"])
+@pytest.mark.parametrize(
+    "task", [[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1, 1, 2], [5, 3, 5, 5, 3, 3], [2, 2, 1]]
+)
+def test_eq7_matches_loop(task, keys):
     inputs = draw(len(task), 3), draw(len(task), 3, seed=1), draw(3, 3, seed=2)
     results = []
     for f in (eq7_info_nce, slow_info_nce):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        loss, accuracy = f(*leaves, torch.tensor(task))
+        loss, accuracy = f(*leaves, torch.tensor(task), keys)
         results.append((loss.detach(), float(accuracy), torch.autograd.grad(loss, leaves)))
     assert_close(*results)
+
+
+def test_algorithm1_key_batch_by_hand():
+    """keys="other": rows 0, 2, 4 are the query batch B, rows 1, 3, 5 the key batch B', and back."""
+    task = torch.tensor([7, 7, 4, 4, 9, 9])
+    is_key, positive = eq7_pairs(task, "other")
+    assert is_key.int().tolist() == [[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]] * 3
+    assert positive.nonzero().tolist() == [[0, 1], [1, 0], [2, 3], [3, 2], [4, 5], [5, 4]]
+    is_key, positive = eq7_pairs(task)  # the text: m - 1 keys, the same positives
+    assert is_key.sum(1).tolist() == [5] * 6
+    assert torch.equal(positive, eq7_pairs(task, "other")[1])
+    # Equal scores: 1 positive among m/2 keys, or among m - 1.
+    z, w = torch.ones(6, 2), torch.eye(2)
+    assert eq7_info_nce(z, z, w, task, "other")[0].item() == pytest.approx(math.log(3))
+    assert eq7_info_nce(z, z, w, task)[0].item() == pytest.approx(math.log(5))
+
+
+def test_algorithm1_key_batch_ignores_the_own_half():
+    score, task = draw(6, 6), torch.tensor([0, 0, 1, 1, 2, 2])
+    eye, other = torch.eye(6), score.clone()
+    own_half = torch.arange(6)[:, None] % 2 == torch.arange(6) % 2
+    other[own_half] += 100.0
+    want = eq7_info_nce(score, eye, eye, task, "other")
+    assert_close(eq7_info_nce(other, eye, eye, task, "other"), want)
+    # It is the cross-entropy of finding tau' among the other half, averaged over both directions.
+    cross = [
+        F.cross_entropy(score[start::2, 1 - start :: 2], torch.arange(3)).item() for start in (0, 1)
+    ]
+    assert want[0].item() == pytest.approx(sum(cross) / 2)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +166,38 @@ def test_eq7_huge_scores_stay_finite():
     assert_close(score.grad, torch.tensor([[0.0, 0, 0], [-0.5, 0, 0.5], [0, 0, 0]]))
 
 
+@pytest.mark.parametrize("keys", ["all", "other"])
+@pytest.mark.parametrize("offset", [0.0, 200.0])
+def test_eq7_stays_float32_under_autocast(keys, offset):
+    """An offset of z moves all scores by 100,000; bfloat16 would round them to one number."""
+    inputs = draw(6, 3) + offset, draw(6, 3, seed=1) + offset, torch.eye(3) + draw(3, 3, seed=2)
+    results = []
+    for half in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, accuracy = eq7_info_nce(*leaves, torch.tensor([0, 0, 1, 1, 2, 2]), keys)
+        results.append((loss.detach(), accuracy, torch.autograd.grad(loss, leaves)))
+    assert results[1][0].dtype == torch.float32 and results[0][0] > 0.1
+    assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8)])  # h_bar; the tokens of each trajectory
+def test_eq7_task_router_stays_float32_under_autocast(shape):
+    torch.manual_seed(0)
+    router, task = TaskRouter(8, 4).train(), torch.tensor([0, 0, 1, 1, 2, 2])
+    results = []
+    for half in (False, True):
+        h = draw(*shape).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = router(h)
+            loss, accuracy = router.contrast(h, task)
+        leaves = [h, *router.query.parameters(), router.w]
+        grads = torch.autograd.grad(loss + logits.square().sum(), leaves)
+        results.append((logits.detach(), loss.detach(), accuracy, grads))
+    assert results[1][0].dtype == results[1][1].dtype == torch.float32
+    assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
 def test_eq7_is_float32_for_half_precision_inputs():
     query, key, w = (draw(4, 4, seed=i).bfloat16() for i in range(3))
     task = torch.tensor([0, 0, 1, 1])
@@ -141,7 +206,7 @@ def test_eq7_is_float32_for_half_precision_inputs():
     assert torch.equal(loss, eq7_info_nce(query.float(), key.float(), w.float(), task)[0])
 
 
-# ----------------------------------------------------------------------------------------------- Eq. 8
+# -------------------------------------------------------------------------------------------- Eq. 8
 def two_routers():
     torch.manual_seed(0)
     return Router(3, 4), Router(3, 4)
@@ -171,6 +236,15 @@ def test_eq8_matches_loop_and_leaves_no_gradient(beta):
             assert slow.tolist() == (old if beta else fast.tolist())
 
 
+def test_eq8_stays_float32_under_autocast():
+    (key, query), (same, _) = two_routers(), two_routers()
+    eq8_momentum_update(key, query, 0.995)
+    with torch.autocast("cpu", torch.bfloat16):
+        eq8_momentum_update(same, query, 0.995)
+    for slow, half in zip(key.parameters(), same.parameters(), strict=True):
+        assert half.dtype == torch.float32 and torch.equal(slow, half)
+
+
 def test_eq8_steps_compose_linearly():
     key, query = two_routers()
     (once, _), (twice, _) = two_routers(), two_routers()
@@ -181,7 +255,7 @@ def test_eq8_steps_compose_linearly():
     assert not torch.equal(once.second.weight, key.second.weight)
 
 
-# ---------------------------------------------------------------------------------------- task router
+# -------------------------------------------------------------------------------------- task router
 def test_eq7_keys_receive_no_gradient():
     torch.manual_seed(0)
     router, task = TaskRouter(3, 4), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -197,6 +271,25 @@ def test_eq7_keys_receive_no_gradient():
     want, want_accuracy = eq7_info_nce(router.query(x), keys, router.w, task)
     assert_close((loss, accuracy), (want, want_accuracy))
     assert_close(h.grad, torch.autograd.grad(want, x)[0])
+
+
+@pytest.mark.parametrize("keys", ["all", "other"])
+def test_eq7_task_router_contrasts_h_bar_or_averages_the_logits_of_tokens(keys):
+    torch.manual_seed(0)
+    router, h = TaskRouter(3, 4, keys), torch.randn(6, 5, 3)
+    task = torch.tensor([0, 0, 1, 1, 2, 2])
+    z = router.query(h.mean(1))
+    assert_close(router.contrast(h.mean(1), task), eq7_info_nce(z, z, router.w, task, keys))
+    z = torch.stack([torch.stack([router.query(t) for t in row]).mean(0) for row in h])
+    assert_close(router.contrast(h, task), eq7_info_nce(z, z, router.w, task, keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "task"), [("all", [3, 1, 2]), ("other", [3, 1, 2]), ("other", [3, 1, 3])]
+)
+def test_eq7_task_router_gives_zeros_where_nothing_can_be_found(keys, task):
+    loss, accuracy = TaskRouter(3, 4, keys).contrast(draw(3, 3), torch.tensor(task))
+    assert loss == accuracy == 0
 
 
 def test_eq8_key_router_starts_as_a_copy_and_follows():
@@ -215,7 +308,7 @@ def test_eq8_key_router_starts_as_a_copy_and_follows():
     assert torch.equal(router.key(h), router.query(h))
 
 
-# ------------------------------------------------------------------------------- Eq. 5, 6, Theorem 1
+# ------------------------------------------------------------------------------ Eq. 5, 6, Theorem 1
 def channel(n, error):
     """p(z | M): row M, column z."""
     return [[1 - error if z == m else error / (n - 1) for z in range(n)] for m in range(n)]
@@ -241,7 +334,8 @@ def test_eq5_matches_sum_over_the_joint_distribution(n, error):
 
 
 def test_eq6_by_hand():
-    # n = N = 2, e = 3/2 for z = M, else 1/2. The other task is M itself or not, half of the time each.
+    # n = N = 2, e = 3/2 for z = M, else 1/2. The other task is M itself or not, half of the time
+    # each.
     total = (
         0.75 * (math.log(1 / 2) + math.log(3 / 4)) / 2
         + 0.25 * (math.log(1 / 4) + math.log(1 / 2)) / 2

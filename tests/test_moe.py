@@ -1,55 +1,58 @@
-"""test_moe.py: Eq. 2 and 4 (Sec. 4.1, 4.2): the experts, and the layer that joins both MoEs (Fig. 2).
+"""test_moe.py: Eq. 2 and 4 (Sec. 4.1, 4.2): experts, the rules for h_bar, the layer of both MoEs.
 
-Each equation three ways: numbers worked out by hand, a slow loop (values and gradients), a property.
+Each equation three ways: numbers by hand, a slow loop (values and gradients), a property.
 Run: python -m pytest -q tests/test_moe.py
 """
 
 import math
+import runpy
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from moe import Experts, MoELayer
+import moe
+from contrastive import eq7_info_nce
+from moe import H_BAR, Center, Experts, MoELayer, Past, View, h_bar_rule, running_sum, two_layers
 from router import Routing, eq1_top_k_gate
 
 B, S, D, K = 3, 9, 8, 5
 READ = torch.tensor([0, 3, 6, 8])
+WHOLE = View(slice(0, S))  # AD: the row is the prompt
+FIRST = View(slice(1, S))  # DPT, query first: all of the row but its first token
+N = 6  # DPT, query last: 6 tokens of the prompt, then 3 queries that see 0 to 6 of them
+LAST = View(slice(0, N), torch.tensor([[0, 3, 6], [6, 6, 6], [3, 0, 1]]))
+VIEWS = {"ad": WHOLE, "first": FIRST, "last": LAST}
 
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def experts(out=4):
+def experts():
     torch.manual_seed(0)
-    e = Experts(K, D, 6, out)
-    for bias in (e.b1, e.b2):  # they start at zero
+    e = Experts(K, D, 6, 4)
+    for bias in (e.bias1, e.bias2):  # they start at zero
         torch.nn.init.normal_(bias)
     return e
 
 
-def layer(kind, width=D):
+def layer(kind, routing="sequence", width=D, **settings):
     torch.manual_seed(0)
-    return MoELayer(width, kind, (6, 2, 48), (4, 2, 32), 0.1, 0.1).eval()
-
-
-def h_bars(h):
-    """One gate a row; one gate a token, from the mean of the tokens so far."""
-    return {2: h.mean(1), 3: h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]}
+    return MoELayer(width, kind, (6, 2, 48), (4, 2, 32), routing, **settings).eval()
 
 
 def slow_mixture(e, x, index, weight):
     """Eq. 2 for one token x (D,), one number at a time."""
-    y = [0.0] * e.b2.shape[1]
+    y = [0.0] * e.bias2.shape[1]
     for i, w in zip(index.tolist(), weight, strict=True):
         hidden = []
-        for f in range(e.b1.shape[1]):
-            a = e.b1[i, f] + sum(x[d] * e.w1[i, d, f] for d in range(len(x)))
+        for f in range(e.bias1.shape[1]):
+            a = e.bias1[i, f] + sum(x[d] * e.weight1[i, d, f] for d in range(len(x)))
             hidden.append(a * 0.5 * (1 + torch.erf(a / math.sqrt(2))))  # GELU
         for o in range(len(y)):
             y[o] = y[o] + w * (
-                e.b2[i, o] + sum(hidden[f] * e.w2[i, f, o] for f in range(len(hidden)))
+                e.bias2[i, o] + sum(hidden[f] * e.weight2[i, f, o] for f in range(len(hidden)))
             )
     return torch.stack(y)
 
@@ -65,13 +68,13 @@ def assert_same(e, fast, slow, *inputs):
     assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------- experts
+# ------------------------------------------------------------------------------------------ experts
 def test_eq2_eq4_by_hand():
     # D = F = D_out = 1. GELU(1) = 0.84134475, GELU(2) = 1.95449974 (x times Phi(x)).
     e = Experts(2, 1, 1, 1)
     with torch.no_grad():
-        e.w1[:, 0, 0], e.b1[:, 0] = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
-        e.w2[:, 0, 0], e.b2[:, 0] = torch.tensor([1.0, 10.0]), torch.tensor([0.0, -1.0])
+        e.weight1[:, 0, 0], e.bias1[:, 0] = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
+        e.weight2[:, 0, 0], e.bias2[:, 0] = torch.tensor([1.0, 10.0]), torch.tensor([0.0, -1.0])
     # at x = 1: E_0 = GELU(1), E_1 = 10 GELU(1 + 1) - 1
     gate = Routing(torch.tensor([[1, 0]]), torch.tensor([[0.25, 0.75]]))
     want = 0.25 * (19.5449974 - 1) + 0.75 * 0.84134475
@@ -120,14 +123,14 @@ def test_eq4_sequences_is_eq2_with_the_gate_repeated(k):
 
 @pytest.mark.parametrize("steps", [1, 7, 8, 9])  # an expert has 8 hidden units
 def test_eq4_short_rows_and_long_ones_agree(steps):
-    """Fewer tokens a row than hidden units: copies of tokens instead of weights. Same values, same gradients."""
+    """Fewer tokens a row than hidden units: copies of tokens in place of weights. Same results."""
     m = layer("task")
-    found = []
+    results = []
     for way in (m.task.sequences, None):
         x, logits = draw(B, steps, D).requires_grad_(), draw(B, 4, seed=1).requires_grad_()
         gate = eq1_top_k_gate(logits, 2)
-        y = m._by_task(x, gate) if way is None else way(x, gate)
-        found.append(
+        y = m._run_task_experts(x, gate) if way is None else way(x, gate)
+        results.append(
             [
                 y,
                 *torch.autograd.grad(
@@ -135,13 +138,12 @@ def test_eq4_short_rows_and_long_ones_agree(steps):
                 ),
             ]
         )
-    for own, other in zip(*found, strict=True):
-        assert_close(own, other)
+    assert_close(*results)
 
 
 def test_eq2_all_experts_is_a_softmax_mixture():
     e, x, logits = experts(), draw(7, D), draw(7, K, seed=1)
-    every = torch.stack([e.one(i, x) for i in range(K)], 1)  # (N, K, D_out)
+    every = torch.stack([two_layers(x, *(p[i] for p in e.parameters())) for i in range(K)], 1)
     assert_close(
         e.tokens(x, eq1_top_k_gate(logits, K)), (logits.softmax(-1)[..., None] * every).sum(1)
     )
@@ -165,13 +167,181 @@ def test_eq2_experts_that_are_not_kept_get_no_gradient():
             assert [bool(g.abs().max() > 0) for g in grad] == [i == 2 for i in range(K)]
 
 
-# ---------------------------------------------------------------------------------------------- layer
-@pytest.mark.parametrize("gates", [2, 3])
+def test_experts_name_their_biases_as_such():
+    """They are stacked, hence matrices: weight decay has to tell them from weights by name."""
+    names = [name for name, _ in experts().named_parameters()]
+    assert names == ["weight1", "bias1", "weight2", "bias2"]
+    assert all(p.dim() >= 2 for p in experts().parameters())
+
+
+# ------------------------------------------------------------------------------------- Eq. 4: h_bar
+def slow_h_bar(rule, h, view):
+    """What each token (or the row) averages, from the definition; h (B, S, D)."""
+    b, s, _ = h.shape
+    if rule == "sequence" and view.visible is None:
+        return sum(h[:, i] for i in range(s)) / s
+    rows = []
+    for row in range(b):
+        means = []
+        for i in range(s):
+            seen = range(i + 1)
+            if rule == "token":
+                seen = [i]
+            elif view.visible is not None and i >= N:  # a query: what it sees, and itself
+                seen = [*range(view.visible[row, i - N]), i]
+            means.append(sum(h[row, j] for j in seen) / len(seen))
+        rows.append(torch.stack(means))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("rule", ["sequence", "prefix", "token"])
+def test_eq4_h_bar_matches_loop(rule, view):
+    results = []
+    for way in (H_BAR[rule], lambda *x: slow_h_bar(rule, *x[:2])):
+        h = draw(B, S, D).requires_grad_()
+        h_bar = way(h, VIEWS[view], None)
+        (grad,) = torch.autograd.grad((h_bar * draw(*h_bar.shape, seed=1)).sum(), h)
+        results.append((h_bar.detach(), grad))
+    assert results[0][0].dim() == (2 if rule == "sequence" and view != "last" else 3)
+    assert_close(*results)
+
+
+def test_eq4_h_bar_by_hand():
+    h = torch.tensor([[[2.0], [4.0], [9.0], [1.0]]])
+    row, last = View(slice(0, 4)), View(slice(0, 2), torch.tensor([[2, 0]]))
+    assert H_BAR["sequence"](h, row, None).tolist() == [[4.0]]
+    assert H_BAR["prefix"](h, row, None).flatten().tolist() == [2, 3, 5, 4]
+    assert torch.equal(H_BAR["token"](h, row, None), h)
+    # Two queries: one after 2 and 4, one after nothing. They do not see one another.
+    want = [2, 3, (2 + 4 + 9) / 3, 1]
+    for rule in ("sequence", "prefix"):
+        assert H_BAR[rule](h, last, None).flatten().tolist() == want
+    past = Past(torch.tensor([[10.0]]), 3)  # decoding: three tokens of sum 10 came before
+    for rule in ("sequence", "prefix"):
+        assert H_BAR[rule](h, row, past).flatten().tolist() == pytest.approx(
+            [12 / 4, 16 / 5, 25 / 6, 26 / 7]
+        )
+    assert torch.equal(H_BAR["token"](h, row, past), h)
+
+
+@pytest.mark.parametrize("rule", ["sequence", "prefix", "token"])
+@pytest.mark.parametrize("pieces", [[9], [1] * 9, [4, 1, 3, 1]])
+def test_eq4_decoding_in_pieces_is_the_running_mean(rule, pieces):
+    moe, h = layer("both", rule), draw(B, S, D)
+    past, parts, start = Past(torch.zeros(B, D), 0), [], 0
+    for size in pieces:
+        part = h[:, start : start + size]
+        out = moe(part, View(slice(0, size)), past=past)
+        past, start = Past(out.total, past.count + size), start + size
+        parts.append(out.y)
+    want = layer("both", "token" if rule == "token" else "prefix")(h, WHOLE)
+    assert_close(torch.cat(parts, 1), want.y, atol=1e-5, rtol=1e-5)
+    assert_close(past.total, h.sum(1)) and want.total is None
+
+
+@pytest.mark.parametrize("rule", ["prefix", "token"])
+def test_causal_rules_do_not_look_ahead(rule):
+    h, other = draw(B, S, D), draw(B, S, D, seed=1)
+    other[:, :4] = h[:, :4]
+    a, b = (H_BAR[rule](x, WHOLE, None) for x in (h, other))
+    assert torch.equal(a[:, :4], b[:, :4]) and not torch.allclose(a[:, 4:], b[:, 4:])
+
+
+def test_eq4_a_new_rule_is_one_function(monkeypatch):
+    monkeypatch.setattr("moe.H_BAR", dict(H_BAR))
+
+    @h_bar_rule
+    def newest(h, view, past):
+        return h[:, -1]
+
+    h = draw(B, S, D)
+    moe, same = layer("task"), layer("task", "token")(h, WHOLE)
+    moe.routing = "newest"
+    out = moe(h, WHOLE)
+    assert torch.equal(out.task_expert, same.task_expert[:, -1])
+    assert "newest" not in H_BAR
+
+
+def test_running_sum_is_float32_for_half_precision_tokens():
+    ones = torch.ones(1, 300, 1, dtype=torch.bfloat16)
+    assert running_sum(ones)[0, -1].item() == 300  # bfloat16 stops at 256
+    assert H_BAR["prefix"](ones, View(slice(0, 300)), None).dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------- centring
+def test_center_by_hand():
+    center = Center(2)
+    assert torch.equal(center(torch.eye(2)), torch.eye(2) * (1 + 1e-6) ** -0.5)  # nothing seen
+    center.observe(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))  # mean 2, 5; variances 1 and 0
+    assert center.mean.tolist() == [2, 5] and center.variance.item() == 0.5
+    center.observe(torch.tensor([[4.0, 5.0], [4.0, 9.0]]))  # mean 4, 7; variances 0 and 4
+    assert center.mean.tolist() == [3, 6]
+    assert center.variance.item() == pytest.approx((0.5 + 2) / 2)
+    want = torch.tensor([[1.0, -1.0]]) / math.sqrt(1.25)
+    assert_close(center(torch.tensor([[4.0, 5.0]])), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 5, 3)])
+def test_center_follows_the_last_ten_batches_or_so(shape):
+    center, mean, variance = Center(3), torch.zeros(3), 1.0
+    for i in range(15):
+        h = draw(*shape, seed=i) + i
+        center.observe(h)
+        rows = h.reshape(-1, 3)
+        rate = max(1 / (i + 1), 0.1)
+        spread = sum((row - rows.mean(0)).square().mean() for row in rows) / len(rows)
+        variance = (1 - rate) * variance + rate * spread
+        mean = (1 - rate) * mean + rate * rows.mean(0)
+    assert_close((center.mean, center.variance), (mean, variance))
+    assert_close(center(h), (h - mean) / (variance + 1e-6).sqrt())
+
+
+def test_center_stays_float32_under_autocast():
+    results = []
+    for half in (False, True):
+        center, h = Center(3), (draw(4, 3) + 200).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            center.observe(h)
+            y = center(h)
+        (grad,) = torch.autograd.grad(y.square().sum(), h)
+        results.append((y.detach(), grad, center.mean, center.variance))
+    assert all(x.dtype == torch.float32 for x in results[1])
+    assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_center_serves_the_gate_and_eq7_and_learns_after_use(center):
+    moe, h = layer("task", center=center), draw(4, S, D) + 3
+    task = torch.tensor([0, 0, 1, 1])
+    if center:
+        moe.center.mean += 2.0
+        moe.center.variance *= 4.0
+    seen = (h.mean(1) - 2) / math.sqrt(4 + 1e-6) if center else h.mean(1)
+    z = moe.task_router.query(seen)
+    before = {name: x.clone() for name, x in moe.named_buffers()}
+    for training in (False, True):
+        out = moe.train(training)(h, WHOLE, task=task)
+        assert torch.equal(out.task_expert, eq1_top_k_gate(z, 2).index)
+        want = eq7_info_nce(z, z, moe.task_router.w, task)
+        assert_close((out.metrics["info_nce"], out.metrics["accuracy"]), want)
+        learnt = any(not torch.equal(x, before[name]) for name, x in moe.named_buffers())
+        assert learnt == (center and training)
+    assert len(before) == (3 if center else 0)
+    if center:  # rate 1: it has seen one batch
+        assert_close(moe.center.mean, h.mean(1).mean(0))
+        moe(h, WHOLE)  # without task numbers there is no trajectory to learn from
+        assert moe.center.batches == 1
+
+
+# -------------------------------------------------------------------------------------------- layer
+@pytest.mark.parametrize("rule", ["sequence", "prefix"])
 @pytest.mark.parametrize("kind", ["both", "token", "task"])
-def test_eq2_eq4_layer_matches_loop(kind, gates):
-    moe, h = layer(kind), draw(2, 4, D).requires_grad_()
-    h_bar = h_bars(h.detach())[gates].requires_grad_()
-    out, want = moe(h, h_bar), []
+def test_eq2_eq4_layer_matches_loop(kind, rule):
+    moe, h = layer(kind, rule), draw(2, 4, D).requires_grad_()
+    view = View(slice(0, 4))
+    out, want = moe(h, view), []
+    h_bar = slow_h_bar(rule, h, view)
     for b in range(2):
         for t in range(4):
             parts = []
@@ -180,40 +350,38 @@ def test_eq2_eq4_layer_matches_loop(kind, gates):
                 parts.append(slow_mixture(moe.token, h[b, t], gate.index, gate.weight))
                 assert out.token_expert[b, t].tolist() == gate.index.tolist()
             if kind != "token":
-                z = moe.task_router.query(h_bar[b] if gates == 2 else h_bar[b, t])
-                gate = eq1_top_k_gate(z, 2)
+                at = (b,) if rule == "sequence" else (b, t)  # one gate a row, or one a token
+                gate = eq1_top_k_gate(moe.task_router.query(h_bar[at]), 2)
                 parts.append(slow_mixture(moe.task, h[b, t], gate.index, gate.weight))
-                assert (
-                    out.task_expert[b] if gates == 2 else out.task_expert[b, t]
-                ).tolist() == gate.index.tolist()
+                assert out.task_expert[at].tolist() == gate.index.tolist()
             assert [len(p) for p in parts] == ([D // 2, D // 2] if kind == "both" else [D])
             want.append(torch.cat(parts))  # token | task
     want = torch.stack(want).view(2, 4, D)
-    leaves = [h, *([] if kind == "token" else [h_bar])]
-    grads = [torch.autograd.grad((y * draw(2, 4, D, seed=9)).sum(), leaves) for y in (out.y, want)]
+    grads = [torch.autograd.grad((y * draw(2, 4, D, seed=9)).sum(), h) for y in (out.y, want)]
     assert_close(out.y, want)
     assert_close(*grads, atol=1e-5, rtol=1e-4)
-    assert out.balance.item() == 0  # not training
+    assert out.losses == ({} if kind == "task" else {"balance": 0})  # not training
+    assert out.metrics == {} and out.total is None
     assert (out.token_expert is None, out.task_expert is None) == (kind == "task", kind == "token")
 
 
 @pytest.mark.parametrize("silent", ["token", "task"])
 def test_layer_concatenates_token_then_task(silent):
     moe, h = layer("both"), draw(B, S, D)
-    full = moe(h, h.mean(1)).y.split(D // 2, -1)
-    torch.nn.init.zeros_(getattr(moe, silent).w2)
-    half = moe(h, h.mean(1)).y.split(D // 2, -1)
+    full = moe(h, WHOLE).y.split(D // 2, -1)
+    torch.nn.init.zeros_(getattr(moe, silent).weight2)
+    half = moe(h, WHOLE).y.split(D // 2, -1)
     still, speaks = (0, 1) if silent == "token" else (1, 0)
     assert half[still].abs().max() == 0 and full[still].abs().max() > 0
     assert torch.equal(half[speaks], full[speaks])
 
 
-@pytest.mark.parametrize("gates", [2, 3])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("rule", ["sequence", "prefix", "token"])
 @pytest.mark.parametrize("kind", ["both", "token", "task"])
-def test_layer_reads_the_tokens_of_the_full_output(kind, gates):
-    moe, h = layer(kind), draw(B, S, D)
-    h_bar = h_bars(h)[gates]
-    full, part = moe(h, h_bar), moe(h, h_bar if gates == 2 else h_bar[:, READ], READ)
+def test_layer_reads_the_tokens_of_the_full_output(kind, rule, view):
+    moe, h = layer(kind, rule), draw(B, S, D)
+    full, part = moe(h, VIEWS[view]), moe(h, VIEWS[view], READ)
     assert part.y.shape == (B, len(READ), D)
     # Not bit for bit: a product over fewer rows may add up in another order.
     assert_close(part.y, full.y[:, READ], atol=1e-6, rtol=0)
@@ -221,48 +389,97 @@ def test_layer_reads_the_tokens_of_the_full_output(kind, gates):
         assert torch.equal(part.token_expert, full.token_expert)  # routed: all tokens, read or not
         assert part.token_expert.shape[:2] == (B, S)
     if kind != "token":
-        assert torch.equal(
-            part.task_expert, full.task_expert if gates == 2 else full.task_expert[:, READ]
-        )
+        whole_row = full.task_expert.dim() == 2
+        assert whole_row == (rule == "sequence" and view != "last")
+        want = full.task_expert if whole_row else full.task_expert[:, READ]
+        assert torch.equal(part.task_expert, want)
 
 
 def test_eq3_layer_balance_is_over_all_tokens():
-    moe, h = layer("both").train(), draw(B, S, D)
+    moe, h = layer("both", w_imp=0.2, w_load=0.3).train(), draw(B, S, D)
     losses = []
     for read in (None, READ):
         torch.manual_seed(1)
-        losses.append(moe(h, h.mean(1), read).balance)
+        losses.append(moe(h, WHOLE, read).losses["balance"])
     torch.manual_seed(1)
     want = moe.token_router(h.flatten(0, 1))[2]
     assert want > 0 and torch.equal(losses[0], want) and torch.equal(losses[1], want)
-    assert layer("task").train()(h, h.mean(1)).balance.item() == 0
+    assert (moe.token_router.w_imp, moe.token_router.w_load) == (0.2, 0.3)
+    assert layer("task").train()(h, WHOLE).losses == {}
+
+
+@pytest.mark.parametrize("keys", ["all", "other"])
+@pytest.mark.parametrize("rule", ["sequence", "prefix", "token"])
+@pytest.mark.parametrize("view", ["ad", "first", "last"])
+@pytest.mark.parametrize("training", [False, True])
+def test_eq7_layer_contrasts_the_tokens_of_tau_alone(training, view, rule, keys):
+    moe = layer("both", rule, w_contrastive=0.25, keys=keys).train(training)
+    torch.nn.init.normal_(moe.task_router.key.second.weight)  # unlike the query router's
+    h, task = draw(6, S, D), torch.tensor([0, 0, 1, 1, 2, 2])
+    whole = VIEWS[view]
+    if view == "last":
+        whole = View(whole.prompt, whole.visible.repeat(2, 1))
+    tau = {"ad": h, "first": h[:, 1:], "last": h[:, :N]}[view]  # no query among them
+    z, keys_z = moe.task_router.query(tau.mean(1)), moe.task_router.key(tau.mean(1))
+    if rule == "token":  # the mean of the logits
+        z, keys_z = moe.task_router.query(tau).mean(1), moe.task_router.key(tau).mean(1)
+    want, accuracy = eq7_info_nce(z, keys_z, moe.task_router.w, task, keys)
+    out = moe(h, whole, READ, task=task)
+    assert_close(out.metrics, {"info_nce": want, "accuracy": accuracy})
+    assert_close(out.losses["contrastive"], 0.25 * want)
+    assert list(out.losses) == ["balance", "contrastive"]
+    elsewhere = h.clone()
+    if view == "first":
+        elsewhere[:, 0] += 1
+    if view == "last":
+        elsewhere[:, N:] += 1
+    again = moe(elsewhere, whole, task=task)
+    assert_close(again.metrics["info_nce"], want)
+    assert "contrastive" not in moe(h, whole).losses  # no task numbers, no Eq. 7
+    assert moe(h, whole, task=torch.arange(6)).losses["contrastive"] == 0  # each task once
+    alone = layer("token")(h, whole, task=task)
+    assert list(alone.losses) == ["balance"] and alone.metrics == {}
+
+
+def test_eq8_layer_moves_the_key_router():
+    moe = layer("both")
+    torch.nn.init.ones_(moe.task_router.query.first.weight)
+    torch.nn.init.zeros_(moe.task_router.key.first.weight)
+    moe.update_key(0.75)
+    assert_close(moe.task_router.key.first.weight, torch.full((4, D), 0.25))
+    layer("token").update_key(0.75)  # nothing to move
 
 
 def test_layer_permuting_experts_permutes_the_choice_alone():
     moe, h = layer("both"), draw(B, S, D)
-    old = moe(h, h.mean(1))
+    old = moe(h, WHOLE)
     for part, router in (("token", moe.token_router.router), ("task", moe.task_router.query)):
         perm = torch.arange(len(router.second.weight)).roll(1)  # expert i moves to place i + 1
         for p in (router.second.weight, *getattr(moe, part).parameters()):
             p.data = p.data[perm]
-    new = moe(h, h.mean(1))
+    new = moe(h, WHOLE)
     assert_close(new.y, old.y)
     assert torch.equal(new.token_expert, (old.token_expert + 1) % 6)
     assert torch.equal(new.task_expert, (old.task_expert + 1) % 4)
 
 
-def test_eq4_layer_row_gate_depends_on_h_bar_alone():
+def test_eq4_layer_row_gate_depends_on_h_bar_alone(monkeypatch):
     moe, h = layer("both"), draw(B, S, D)
-    a, b = moe(h, h.mean(1)), moe(h, 3 * draw(B, D, seed=5))
+    a = moe(h, WHOLE)
+    monkeypatch.setitem(H_BAR, "sequence", lambda h, view, past: 3 * draw(B, D, seed=5))
+    b = moe(h, WHOLE)
     assert torch.equal(a.y[..., : D // 2], b.y[..., : D // 2])  # token half: does not see h_bar
     assert not torch.allclose(a.y[..., D // 2 :], b.y[..., D // 2 :])
-    per_token = moe(h, h.mean(1)[:, None].expand(-1, S, -1))  # the same h_bar at every token
-    assert_close(per_token.y, a.y)
+    # the same h_bar at every token
+    monkeypatch.setitem(
+        H_BAR, "sequence", lambda h, view, past: h.mean(1)[:, None].expand(-1, S, -1)
+    )
+    assert_close(moe(h, WHOLE).y, a.y)
 
 
 def test_layer_trains_both_routers_through_the_gates():
     moe, h = layer("both").train(), draw(B, S, D)
-    moe(h, h.mean(1)).y.square().sum().backward()
+    moe(h, WHOLE).y.square().sum().backward()
     trained = {
         n for n, p in moe.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
     }
@@ -278,11 +495,11 @@ def test_layer_trains_both_routers_through_the_gates():
 
 def test_layer_routes_in_float32_under_autocast():
     moe, h = layer("both"), draw(B, S, D)
-    want = moe(h, h.mean(1))
+    want = moe(h, WHOLE)
     with torch.autocast("cpu", torch.bfloat16):
         z, logits = moe.task_router(h.mean(1)), moe.token_router(h.flatten(0, 1))[1]
-        low = moe(h, h.mean(1))
-    assert z.dtype == logits.dtype == low.balance.dtype == torch.float32
+        low = moe(h, WHOLE)
+    assert z.dtype == logits.dtype == low.losses["balance"].dtype == torch.float32
     assert torch.equal(z, moe.task_router(h.mean(1)))
     assert torch.equal(logits, moe.token_router(h.flatten(0, 1))[1])
     assert torch.equal(low.token_expert, want.token_expert) and torch.equal(
@@ -292,9 +509,54 @@ def test_layer_routes_in_float32_under_autocast():
     assert_close(low.y.float(), want.y, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("rule", ["sequence", "prefix", "token"])
+@pytest.mark.parametrize("view", ["ad", "first"])
+def test_layer_losses_stay_float32_under_autocast(view, rule):
+    """Values and gradients of Eq. 3 and 7 through the whole layer, centring included."""
+    results, task = [], torch.tensor([0, 0, 1, 1, 2, 2])
+    for half in (False, True):
+        moe = layer("both", rule, w_contrastive=1.0, center=True).train()
+        torch.nn.init.normal_(moe.token_router.noise_weight)
+        h = (draw(6, S, D) + 20 * draw(D, seed=1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = moe(h, VIEWS[view], READ, task=task, past=Past(torch.zeros(6, D), 0))
+        losses = torch.stack(list(out.losses.values()))
+        leaves = [h, *moe.token_router.parameters(), *moe.task_router.query.parameters()]
+        grads = torch.autograd.grad(losses.sum(), [*leaves, moe.task_router.w])
+        values = (losses.detach(), *out.metrics.values(), out.total.detach(), *moe.buffers())
+        assert all(x.dtype == torch.float32 for x in values) and (losses > 0.01).all()
+        results.append((values, grads))
+    assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
 def test_layer_odd_width_cannot_be_shared():
     with pytest.raises(ValueError, match="odd"):
         layer("both", width=7)
-    h = draw(1, 2, 7)
-    assert layer("token", width=7)(h, None).y.shape == (1, 2, 7)
-    assert layer("task", width=7)(h, h.mean(1)).y.shape == (1, 2, 7)
+    h, view = draw(1, 2, 7), View(slice(0, 2))
+    assert layer("token", width=7)(h, view).y.shape == (1, 2, 7)
+    assert layer("task", width=7)(h, view).y.shape == (1, 2, 7)
+
+
+def test_layer_hidden_units_are_shared_equally():
+    with pytest.raises(ValueError, match="multiple"):
+        MoELayer(8, "both", (6, 2, 47), (4, 2, 32))
+
+
+def test_layer_keeps_the_order_of_its_parameters():
+    """A seed gives the same weights only as long as they are drawn in this order."""
+    names = [name.split(".")[0] for name, _ in layer("both").named_parameters()]
+    assert list(dict.fromkeys(names)) == ["token_router", "token", "task_router", "task"]
+
+
+@pytest.mark.parametrize(
+    ("file", "last"),
+    [
+        ("router.py", "(Eq. 3)"),
+        ("contrastive.py", "N = 256: bound of Eq. 6 = 2.3462"),
+        ("moe.py", "output (1, 3, 8): 4 numbers from each half"),
+    ],
+)
+def test_demos(file, last, capsys):
+    """`python router.py` and the like."""
+    runpy.run_path(moe.__file__.replace("moe.py", file), run_name="__main__")
+    assert capsys.readouterr().out.strip().endswith(last)

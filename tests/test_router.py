@@ -1,6 +1,6 @@
 """test_router.py: Eq. 1, 3 and 12-18 (paper Sec. 3.2, 4.1, App. B) and the routers of App. F.
 
-Each equation three ways: numbers worked out by hand, a slow loop (values and gradients), a property.
+Each equation three ways: numbers by hand, a slow loop (values and gradients), a property.
 Run: python -m pytest -q tests/test_router.py
 """
 
@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch.testing import assert_close
 
 import router as r
@@ -57,7 +58,7 @@ def slow_cv_squared(x):
     return sum((v - mean) ** 2 for v in x) / len(x) / mean**2
 
 
-# ----------------------------------------------------------------------------------------------- Eq. 1
+# -------------------------------------------------------------------------------------------- Eq. 1
 def test_eq1_by_hand():
     logits = torch.tensor([[2.0, 1.0, 6.0, 3.0]]).log()
     two, four = r.eq1_top_k_gate(logits, 2), r.eq1_top_k_gate(logits, 4)
@@ -84,7 +85,7 @@ def test_eq1_all_experts_is_plain_softmax_and_permutes():
     assert_close(gates.sum(-1), torch.ones(7))
 
 
-# ------------------------------------------------------------------------------------- Eq. 14, 12, CV
+# ----------------------------------------------------------------------------------- Eq. 14, 12, CV
 def test_eq14_by_hand_and_loop():
     clean, std, noise = (torch.tensor([x]) for x in ([1.0, 2.0], [0.5, 2.0], [3.0, -1.0]))
     assert_close(r.eq14_noisy_logits(clean, std, noise), torch.tensor([[2.5, 0.0]]))
@@ -122,7 +123,7 @@ def test_cv_squared_by_hand_loop_and_extremes():
     assert r.cv_squared(torch.eye(6)[2]).item() == pytest.approx(5)  # one expert has all: K - 1
 
 
-# ------------------------------------------------------------------------------------------ Eq. 15-17
+# ---------------------------------------------------------------------------------------- Eq. 15-17
 CLEAN, STD, NOISE = (
     torch.tensor([[3.0, 0.0, 0.5]]),
     torch.ones(1, 3),
@@ -131,7 +132,8 @@ CLEAN, STD, NOISE = (
 
 
 def test_eq16_by_hand():
-    # H = (3.5, 1, 0.5), k = 1. Expert 0 must beat 1, the best of the others; experts 1 and 2 must beat 3.5.
+    # H = (3.5, 1, 0.5), k = 1. Expert 0 must beat 1, the best of the others; experts 1 and 2 must
+    # beat 3.5.
     p = r.eq16_probability(CLEAN, CLEAN + NOISE, STD, 1)
     phi = {2.0: 0.97724987, -3.5: 2.3262908e-4, -3.0: 1.3498980e-3}  # from a table of Phi
     assert_close(p, torch.tensor([[phi[2.0], phi[-3.5], phi[-3.0]]]), atol=1e-7, rtol=1e-5)
@@ -140,8 +142,8 @@ def test_eq16_by_hand():
 
 
 def test_eq15_bar_is_chosen_by_the_noisy_logit_not_by_the_noise():
-    # Expert 0 is kept, though its noise 0.5 lies below the next-best logit 1. Comparing the noise would
-    # measure it against its own logit: Phi(3 - 3.5) = 0.309 in place of Phi(3 - 1) = 0.977.
+    # Expert 0 is kept, though its noise 0.5 lies below the next-best logit 1. Comparing the noise
+    # would measure it against its own logit: Phi(3 - 3.5) = 0.309 in place of Phi(3 - 1) = 0.977.
     noisy = CLEAN + NOISE
     top = noisy.topk(2).values
     wrong_bar = torch.where(top[:, 1:] < NOISE, top[:, 1:], top[:, :1])
@@ -200,7 +202,7 @@ def test_eq17_load_averages_the_number_of_tokens_kept():
     assert_close(load, kept, atol=0.015, rtol=0)
 
 
-# -------------------------------------------------------------------------------------- Eq. 13, 18, 3
+# ------------------------------------------------------------------------------------ Eq. 13, 18, 3
 def test_eq3_eq13_eq18_by_hand_and_loop():
     importance, load = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])  # CV^2: 1/4 and 1
     assert r.eq13_importance_loss(importance, 0.1).item() == pytest.approx(0.025)
@@ -219,7 +221,7 @@ def test_eq3_eq13_eq18_by_hand_and_loop():
     assert_close(r.eq3_balance_loss(equal, b, 0.3, 0.7), r.eq18_load_loss(b, 0.7))
 
 
-# --------------------------------------------------------------------------------------------- App. F
+# ------------------------------------------------------------------------------------------- App. F
 def test_router_by_hand():
     router = r.Router(2, 2)
     router.load_state_dict(
@@ -259,6 +261,21 @@ def test_router_stays_float32_under_autocast():
     assert torch.equal(low, router(h)) and torch.equal(half, router(h.bfloat16().float()))
 
 
+def test_shapes_in_signatures_are_checked_while_tests_run():
+    gates = torch.ones(4, 3)
+    assert r.eq12_importance(gates).shape == (3,)
+    with pytest.raises(TypeCheckError):
+        r.eq12_importance(gates[0])  # (K,) for (N, K)
+    with pytest.raises(TypeCheckError):
+        r.eq14_noisy_logits(gates, gates, gates.T)  # three matrices, but not of one shape
+    with pytest.raises(TypeCheckError):
+        r.eq12_importance(gates.long())  # whole numbers
+    with pytest.raises(TypeCheckError):
+        r.Routing(torch.zeros(4, 2).long(), torch.ones(4, 3))  # a field of a dataclass
+    with pytest.raises(TypeCheckError):
+        r.Router(2, 3)(torch.zeros(5, 2, dtype=torch.int32))
+
+
 def noisy_router(k, w_imp=0.1, w_load=0.2):
     torch.manual_seed(0)
     router, h = r.NoisyTopKRouter(3, 5, k, w_imp, w_load), torch.randn(24, 3)
@@ -288,7 +305,8 @@ def test_eq3_noisy_router_matches_loop(k, w_imp, w_load):
         weights = list(router.parameters())
         got, wanted = torch.autograd.grad(loss, weights), torch.autograd.grad(want, weights)
         assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-        # Both terms train W_noise too; but one kept expert always weighs 1, so its importance is constant.
+        # Both terms train W_noise too; but one kept expert always weighs 1, so its importance is
+        # constant.
         assert all(g.abs().max() > 0 for g in got) == (k > 1 or w_load > 0)
     else:  # every expert is always kept: only the importance can be unequal
         assert k == 5 and w_imp == 0
@@ -315,12 +333,71 @@ def test_eq2_eval_has_no_noise_and_no_loss():
     assert_close(r.dense_gates(routing, 5), slow_top_k_gate(logits, 2))
 
 
-def test_eq3_stays_float32_under_autocast():
-    router, h = noisy_router(2)
-    torch.manual_seed(1)
-    routing, _, loss = router(h)
-    torch.manual_seed(1)
+# ----------------------------------------------------------------------------------------- autocast
+def assert_unmoved_by_autocast(f, *inputs):
+    """Values and gradients under autocast are those without it, to 1e-6, and float32."""
+    results = []
+    for half in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = f(*leaves)
+        direction = draw(*y.shape, seed=9).float()
+        results.append((y.detach(), torch.autograd.grad((y * direction).sum(), leaves)))
+    assert results[1][0].dtype == torch.float32
+    assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
+def test_autocast_does_round_products_to_half_precision():
+    """Otherwise the tests below would show nothing: `.float()` operands are cast back."""
+    a, b = draw(8, 8).float(), draw(8, 8, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
-        low, _, low_loss = router(h)
-    assert torch.equal(low.index, routing.index) and torch.equal(low.weight, routing.weight)
-    assert low_loss.dtype == torch.float32 and torch.equal(low_loss, loss)
+        low = a.float() @ b.float()
+        with r.full_precision(a):
+            full = a.float() @ b.float()
+    assert low.dtype == torch.bfloat16 and (low - a @ b).abs().max() > 1e-3
+    assert torch.equal(full, a @ b)
+
+
+AUTOCAST = {
+    "eq1": lambda x: r.dense_gates(r.eq1_top_k_gate(x, 2), 6),
+    "eq3": lambda x: r.eq3_balance_loss(x.exp().sum(0), x.exp().sum(0).sqrt(), 0.3, 0.7),
+    "eq12": lambda x: r.eq12_importance(x),
+    "eq14_logits": lambda x: r.eq14_noisy_logits(x, x.exp(), x.sin()),
+    "eq14_scale": lambda x: r.eq14_noise_scale(x, x[:6, :4]),
+    "eq16_eq17": lambda x: r.eq17_load(r.eq16_probability(x, x + x.sin(), x.exp(), 2)),
+    "cv": lambda x: r.cv_squared(x.exp().sum(0)),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_equations_stay_float32_under_autocast(name):
+    assert_unmoved_by_autocast(AUTOCAST[name], draw(32, 6).float())
+
+
+def test_router_has_the_same_gradients_under_autocast():
+    router = r.Router(8, 6)
+
+    def logits(h, first, second):
+        weights = {"first.weight": first, "second.weight": second}
+        return torch.func.functional_call(router, weights, h)
+
+    h = draw(32, 8).float()
+    assert_unmoved_by_autocast(logits, h, router.first.weight, router.second.weight)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("part", ["weights", "logits", "loss"])
+def test_eq2_eq3_noisy_router_stays_float32_under_autocast(part, k):
+    router, h = noisy_router(k)
+    names = [name for name, _ in router.named_parameters()]
+
+    def run(h, *weights):
+        torch.manual_seed(1)  # the same noise
+        state = dict(zip(names, weights, strict=True))
+        routing, logits, loss = torch.func.functional_call(router, state, h)
+        # + 0 * ...: what does not depend on an input has the gradient 0, not none
+        zero = 0 * (h.sum() + sum(w.sum() for w in weights))
+        parts = {"weights": r.dense_gates(routing, 5), "logits": logits, "loss": loss}
+        return parts[part] + zero
+
+    assert_unmoved_by_autocast(run, h, *router.parameters())
