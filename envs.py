@@ -1,312 +1,375 @@
-"""envs.py: the task families (paper Sec. 5 "Environments", App. D.1).
+"""envs.py: task families, and what can be done with any of them (paper Sec. 5, App. D.1).
 
-A *task* is plain JSON numbers (DarkRoom: the goal cell `[x, y]`); an *environment* is the family.
-Three things live here for every family: facts (`Family`), a registered Gymnasium environment that
-plays one task, and a batched one that steps many tasks at once, which is what collection and
-evaluation use. The families' own rules are in rooms.py (DarkRoom, Point-Robot), locomotion.py (MuJoCo) and
-manipulation.py (Meta-World), imported when they are asked for.
+A *task* is a list of plain numbers (DarkRoom: the goal's cell `[x, y]`); a *family* is a
+distribution of tasks that look alike and differ in what is rewarded or how the body moves.
 
-in : environment name, list of tasks            out: states, rewards, reference returns
-Read after README.md, before collect.py.        Try: python envs.py   (every family's tasks and references)
+in : a family's name or file (`--env`), tasks      out: states, rewards, reference returns
+Read after README.md, before collect.py.           Try: python envs.py   (all tasks and references)
+
+All that is known of a family is one object, a `Family`: facts and functions. Those of the paper are
+constants in families/: start with point_robot.py, the shortest. A family of your own is a file of
+the same form; `--env FILE.py` takes it. Below, no family is known by its name.
+
+Shape legend: N tasks, ds/da = state_dim/action_dim.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import gymnasium as gym
 import numpy as np
 
+from support.user_file import run_file
+
+# Families are imported when they are asked for: no simulator loads unless it is played.
+FAMILIES = {
+    "darkroom": "families.darkroom:DARKROOM",
+    "point-robot": "families.point_robot:POINT_ROBOT",
+    "cheetah-vel": "families.locomotion:CHEETAH_VEL",
+    "cheetah-vel-3cluster": "families.locomotion:CHEETAH_VEL_3CLUSTER",
+    "walker-param": "families.locomotion:WALKER_PARAM",
+    "reach": "families.manipulation:REACH",
+    "push": "families.manipulation:PUSH",
+}
+
+# The same rules one task at a time, for whoever knows Gymnasium: `gym.make(id, task=[...])`.
+for _id, _entry_point, _horizon in (
+    ("t2mir/DarkRoom-v0", "families.darkroom:DarkRoom", 100),
+    ("t2mir/PointRobot-v0", "families.point_robot:PointRobot", 20),
+    ("t2mir/CheetahVel-v0", "families.locomotion:CheetahVel", 200),
+    ("t2mir/WalkerParam-v0", "families.locomotion:WalkerParam", 200),
+    ("t2mir/Reach-v0", "families.manipulation:Reach", 100),
+    ("t2mir/Push-v0", "families.manipulation:Push", 100),
+):
+    if _id not in gym.registry:  # `python envs.py` reads this file twice: as itself and as `envs`
+        gym.register(_id, entry_point=_entry_point, max_episode_steps=_horizon)
+
+
+# --------------------------------------------------------------------------------- what a family is
+class Batch(Protocol):
+    """N tasks stepped at once. They share the horizon: no `done`, the caller counts the steps."""
+
+    rng: np.random.Generator  # all that is random; whoever replaces it seeds the batch anew
+    success: np.ndarray | None  # (N,) bool: has the running episode succeeded? None: it cannot
+    family: Family  # set by `make_batch`
+
+    def reset(self) -> np.ndarray:
+        """Starts an episode: states (N, ds), float32 (whole numbers in a grid)."""
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Actions (N, da) float32 or (N,) ids -> the next states (N, ds), rewards (N,) float32."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """What a model and a sampler need to know of a task family. No array in it depends on a task."""
+    """All that is known of a task family: facts, and functions for what differs between families.
+
+    Raises ValueError with one line for facts that contradict each other.
+    """
 
     name: str
-    horizon: int  # T, steps an episode; no family ends one early
-    state_dim: int  # numbers in one observation
-    state_values: tuple[int, ...] | None  # how many values each coordinate takes; None: continuous
-    action_dim: int  # number of discrete actions, or numbers in a continuous one, each in [-1, 1]
-    discrete_actions: bool
+    horizon: int  # T, steps of an episode; no family ends one early
+    state_dim: int  # numbers in one observation; the task is not among them
+    action_dim: int  # numbers in an action, each in [-1, 1]; if discrete: how many actions
     train_tasks: int
     test_tasks: int
-    task_numbers: int  # numbers that make a task
-    gym_id: str  # of the registered environment
-    teacher: Literal["rule", "sac", "ppo"]  # who makes the data (App. D.2)
+    task_low: tuple[float, ...]  # limits of each number of a task. They may be wider than
+    task_high: tuple[float, ...]  # the distribution: a test may ask for tasks outside it
+    batch: Callable[[list, int], Any]  # (tasks, seed of the starts) -> a `Batch`: all at once
+    sample_tasks: Callable[[int, np.random.Generator], np.ndarray]  # (count, rng) -> (count, n)
+
+    state_values: tuple[int, ...] | None = None  # values each coordinate takes; None: continuous
+    discrete_actions: bool = False
     reward_scale: float = 1.0  # of a good step; what a model reads is divided by it
-    success: bool = False  # whether an episode can also succeed (Meta-World)
-    paper_return: dict = field(default_factory=dict)  # Table 1 (Mixed), by (backbone, moe)
+    can_succeed: bool = False  # whether an episode also succeeds or fails (Meta-World)
+    teacher: Literal["sac", "ppo", "rule"] = "sac"  # who makes the data (App. D.2)
+    gym_id: str = ""  # a registered Gymnasium environment; "": a batch of one serves
+    paper_return: dict[str, float] = field(default_factory=dict)  # Table 1 (Mixed), by its columns
 
+    # What only some families have.
+    split_tasks: Callable[[int, int, int], tuple[list, list]] | None = None  # (seed, train, test)
+    check_task: Callable[[object], list] | None = None  # in place of the limits above
+    optimal_returns: Callable[[list], np.ndarray] | None = None  # tasks -> (N,)
+    random_returns: Callable[[list], np.ndarray] | None = None  # exactly; else they are played
+    collect_task: Callable[..., dict] | None = None  # a rule's data: (data, train_tasks, index)
+    ceiling: Callable[..., Any] | None = None  # (memory, seed) -> the best in-context policy
+    divergence: Callable[..., tuple] | None = None  # (prompt, states, log_policy), from that policy
 
-def _paper(t2mir_ad: float, t2mir_dpt: float, ad: float, dpt: float) -> dict:
-    return {
-        ("ad", "both"): t2mir_ad,
-        ("dpt", "both"): t2mir_dpt,
-        ("ad", "none"): ad,
-        ("dpt", "none"): dpt,
-    }
+    @property
+    def task_numbers(self) -> int:
+        return len(self.task_low)
 
-
-# fmt: off
-FAMILIES = {spec.name: spec for spec in (
-    Family("darkroom", 100, 2, (10, 10), 5, True, 80, 20, 2, "t2mir/DarkRoom-v0", "rule",
-            paper_return=_paper(90.9, 78.3, 57.5, 72.5)),
-    Family("point-robot", 20, 2, None, 2, False, 45, 5, 2, "t2mir/PointRobot-v0", "sac",
-            paper_return=_paper(-5.2, -5.0, -5.6, -5.8)),
-    Family("cheetah-vel", 200, 20, None, 6, False, 45, 5, 1, "t2mir/CheetahVel-v0", "sac",
-            paper_return=_paper(-68.9, -43.2, -119.2, -56.1)),
-    Family("cheetah-vel-3cluster", 200, 20, None, 6, False, 42, 6, 1, "t2mir/CheetahVel-v0", "sac"),
-    Family("walker-param", 200, 17, None, 6, False, 45, 5, 65, "t2mir/WalkerParam-v0", "sac",
-            paper_return=_paper(435.7, 492.8, 395.2, 425.9)),
-    Family("reach", 100, 18, None, 4, False, 45, 5, 3, "t2mir/Reach-v0", "ppo", 10.0, True,
-            paper_return=_paper(823.9, 764.6, 790.4, 754.9)),
-    Family("push", 100, 18, None, 4, False, 45, 5, 2, "t2mir/Push-v0", "ppo", 10.0, True,
-            paper_return=_paper(665.8, 633.2, 604.7, 615.4)),
-)}
-# fmt: on
-
-
-def get_family(env: str) -> Family:
-    """The facts of a family. Raises ValueError that lists the known ones."""
-    if env.endswith(".py"):
-        return own_family(env).SPEC
-    if env not in FAMILIES:
-        raise ValueError(
-            f"unknown environment '{env}': choose one of {', '.join(sorted(FAMILIES))}, or a .py file"
+    def __post_init__(self):
+        sizes = (self.horizon, self.state_dim, self.action_dim, self.train_tasks, self.test_tasks)
+        functions = callable(self.batch) and callable(self.sample_tasks)
+        checks = (
+            (all(isinstance(n, int) and n > 0 for n in sizes), "its sizes must be positive"),
+            (len(self.task_low) == len(self.task_high) > 0, "task_low, task_high: one per number"),
+            (functions, "batch and sample_tasks must be functions"),
+            (self.teacher in ("sac", "ppo", "rule"), "its teacher must be sac, ppo or rule"),
+            (self.teacher != "rule" or self.collect_task, "a rule needs collect_task"),
+            (self.teacher != "sac" or not self.discrete_actions, "SAC needs continuous actions"),
         )
-    return FAMILIES[env]
+        for holds, wrong in checks:
+            if not holds:
+                raise ValueError(f"family '{self.name}': {wrong}")
+
+
+# --------------------------------------------------------------------------------- finding a family
+def load(where: str):
+    """The object that "module:NAME" names; its module is imported now."""
+    module, name = where.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def later(where: str) -> Callable:
+    """The function that "module:NAME" names; its module is imported when it is called."""
+    return lambda *args, **options: load(where)(*args, **options)
 
 
 @cache
-def own_family(file: str) -> ModuleType:
-    """A family of the user's: a Python file with `SPEC` (Family), `Batch(tasks, seed)` (as `make_batch` says),
-    `sample_tasks(count, rng)` and, if it is known, `optimal_returns(tasks)`.
+def get_family(env: str) -> Family:
+    """A family by its name, or by the path of a Python file that holds one.
 
-    Raises ValueError with one line when the file cannot be read or lacks one of them.
+    Raises ValueError with one line for an unknown name (and lists the known ones), and for a file
+    that cannot be run or does not hold exactly one `Family`.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"--env {file}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("SPEC", "Batch", "sample_tasks"):
-        if not hasattr(module, name):
-            raise ValueError(f"--env {file}: it must define {name}, see own_family in envs.py")
-    return module
+    if env.endswith(".py"):
+        return _family_of_file(env)
+    if env not in FAMILIES:
+        names = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"unknown environment '{env}': choose one of {names}, or a .py file")
+    return load(FAMILIES[env])
 
 
-# ------------------------------------------------------------------------------------- every family
-# fmt: off
-for _id, _entry, _horizon in (
-    ("t2mir/DarkRoom-v0", "families.rooms:DarkRoom", 100), ("t2mir/PointRobot-v0", "families.rooms:PointRobot", 20),
-    ("t2mir/CheetahVel-v0", "families.locomotion:CheetahVel", 200), ("t2mir/WalkerParam-v0", "families.locomotion:WalkerParam", 200),
-    ("t2mir/Reach-v0", "families.manipulation:Reach", 100), ("t2mir/Push-v0", "families.manipulation:Push", 100),
-):
-    if _id not in gym.registry:  # `python envs.py` is read twice: as itself, and by the families' files
-        gym.register(_id, entry_point=_entry, max_episode_steps=_horizon)
-# fmt: on
+def _family_of_file(file: str) -> Family:
+    held = vars(run_file(file, "env"))
+    families = {id(value): value for value in held.values() if isinstance(value, Family)}
+    if len(families) != 1:
+        raise ValueError(
+            f"--env {file}: it must hold exactly one envs.Family, as families/point_robot.py does; "
+            f"it holds {len(families) or 'none'}"
+        )
+    return next(iter(families.values()))
+
+
+# ------------------------------------------------------------------------------------------ playing
+def make_batch(env: str, tasks, seed: int = 0) -> Batch:
+    """N tasks as one environment; `seed`: of the starts. ValueError: the user's is no `Batch`."""
+    family = get_family(env)
+    if env.endswith(".py"):
+        _try_batch(env)
+    batch = family.batch(tasks, seed)
+    batch.family = family
+    if not family.can_succeed:
+        batch.success = None
+    return batch
+
+
+@cache
+def _try_batch(env: str) -> None:
+    """Plays a user's family for a step: a wrong shape shows here, not hours later in a network."""
+    family = get_family(env)
+    batch = family.batch(sample_tasks(env, 1, np.random.default_rng(0)), 0)
+    start = batch.reset()
+    following, rewards = batch.step(_random_actions(family, 1, np.random.default_rng(0)))
+    state = (1, family.state_dim), np.int64 if family.state_values else np.float32
+    for name, array, (shape, kind) in (
+        ("reset's states", start, state),
+        ("step's states", following, state),
+        ("step's rewards", rewards, ((1,), np.float32)),
+    ):
+        array = np.asarray(array)
+        if array.shape != shape or array.dtype != kind:
+            raise ValueError(
+                f"--env {env}: {name} of one task must be {np.dtype(kind)} of shape {shape}, "
+                f"not {array.dtype} of shape {array.shape}"
+            )
 
 
 def make_env(env: str, task) -> gym.Env:
-    """The Gymnasium environment of one task, truncated at the horizon."""
-    return gym.make(get_family(env).gym_id, task=task)
+    """The Gymnasium environment of one task, truncated at the horizon. ValueError: no such task."""
+    family = get_family(env)
+    if family.gym_id:
+        return gym.make(family.gym_id, task=task)
+    return gym.wrappers.TimeLimit(SingleTask(family, task), family.horizon)
 
 
-def make_batch(env: str, tasks, seed: int = 0):
-    """The batched environment of a family over N tasks.
+class SingleTask(gym.Env):
+    """One task of any family as a Gymnasium environment: a batch of one row. It never ends."""
 
-    `reset() -> states (N, ds)`, `step(actions) -> (states, rewards (N,))`; all rows share the horizon, so there is
-    no `done`: the caller counts to `spec.horizon`. `success`: (N,) bool, whether the running episode has succeeded,
-    or None. `seed` is that of the starts.
-    """
-    if env.endswith(".py"):
-        return own_family(env).Batch(tasks, seed)
-    file, name = gym.spec(get_family(env).gym_id).entry_point.split(":")
-    return getattr(importlib.import_module(file), f"Batched{name}")(tasks, seed)
+    def __init__(self, family: Family, task):
+        self.task = check_task(family, task)
+        self.batch = family.batch([self.task], 0)
+        self.can_succeed = family.can_succeed
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (family.state_dim,), np.float32)
+        if family.state_values:
+            self.observation_space = gym.spaces.MultiDiscrete(list(family.state_values))
+        self.action_space = gym.spaces.Box(-1, 1, (family.action_dim,), np.float32)
+        if family.discrete_actions:
+            self.action_space = gym.spaces.Discrete(family.action_dim)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.batch.rng = self.np_random  # Gymnasium's own generator: `seed` fixes the starts
+        return self._observation(self.batch.reset()), {}
+
+    def step(self, action):
+        states, rewards = self.batch.step(np.asarray(action)[None])
+        info = {"success": float(self.batch.success[0])} if self.can_succeed else {}
+        return self._observation(states), float(rewards[0]), False, False, info
+
+    def _observation(self, states: np.ndarray) -> np.ndarray:
+        return states[0].astype(self.observation_space.dtype)  # a copy
 
 
-def task_limits(env: str) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest value of each number of a task. Point-Robot's goals and Cheetah's velocities are
-    not bounded by their distribution: a test may ask for others.
-    """
-    if env in ("reach", "push"):
-        from families import manipulation
-
-        low, high = manipulation.REACH_GOALS if env == "reach" else manipulation.PUSH_GOALS
-        return np.array(low), np.array(high)
-    limit = {"point-robot": 2.0, "walker-param": 3.0}.get(env, 10.0 if env in FAMILIES else np.inf)
-    return np.full(get_family(env).task_numbers, -limit), np.full(
-        get_family(env).task_numbers, limit
+# -------------------------------------------------------------------------------------------- tasks
+def check_task(family: Family, task) -> list:
+    """A task as a list of plain numbers; raises ValueError with one line if it does not fit."""
+    if family.check_task:
+        return family.check_task(task)
+    low, high = np.array(family.task_low), np.array(family.task_high)
+    numbers = task if isinstance(task, (list, tuple, np.ndarray)) else [task]
+    fits = len(numbers) == family.task_numbers and all(
+        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in numbers
     )
+    if not (
+        fits and np.isfinite(numbers).all() and (low <= numbers).all() and (numbers <= high).all()
+    ):
+        limits = [np.round(limit[:3], 3).tolist() for limit in (low, high)]
+        raise ValueError(
+            f"a task of {family.name} is {family.task_numbers} number{'s' * (len(low) > 1)} "
+            f"from {limits[0]} to {limits[1]}, not {str(task)[:60]}"
+        )
+    return [float(v) for v in numbers]
 
 
-CLUSTERS = (0.5, 1.5, 2.5)  # mean velocities of cheetah-vel-3cluster, deviation 0.15 each
+def check_tasks(env: str, tasks) -> list:
+    """Tasks as lists of plain numbers; raises ValueError, naming the first that does not fit."""
+    return [check_task(get_family(env), task) for task in tasks]
 
 
 def sample_tasks(env: str, count: int, rng: np.random.Generator) -> list:
-    """`count` tasks of a continuous family's distribution (App. D.1), rounded to 4 decimals."""
-    if env.endswith(".py"):
-        tasks = np.reshape(own_family(env).sample_tasks(count, rng), (count, -1))
-    elif env == "point-robot":
-        tasks = rng.uniform(-1, 1, (count, 2))
-    elif env == "cheetah-vel":
-        tasks = rng.uniform(0.075, 3.0, (count, 1))
-    elif env == "cheetah-vel-3cluster":  # task i is of cluster i modulo 3: as many of each
-        tasks = rng.normal(np.resize(CLUSTERS, count), 0.15)[:, None]
-    elif env == "walker-param":  # exponents of the multipliers, see locomotion.py
-        tasks = rng.uniform(-3, 3, (count, get_family(env).task_numbers))
-    else:
-        tasks = rng.uniform(*task_limits(env), (count, get_family(env).task_numbers))
-    return np.round(tasks, 4).tolist()
+    """`count` tasks of the family's distribution (App. D.1), rounded to 4 decimals."""
+    family = get_family(env)
+    tasks = np.asarray(family.sample_tasks(count, rng))
+    if tasks.size != count * family.task_numbers:
+        raise ValueError(
+            f"sample_tasks of {env} must give {(count, family.task_numbers)} numbers for {count} "
+            f"tasks, not {tasks.shape}"
+        )
+    return np.round(tasks.reshape(count, family.task_numbers), 4).tolist()
 
 
-def _sample_split(env: str, seed: int, train: int, test: int) -> tuple[list, list]:
-    """Training and held-out tasks, each of a stream of its own; what is trained on is not held out."""
-    trained, rng = (
-        sample_tasks(env, train, np.random.default_rng([seed, 0])),
-        np.random.default_rng([seed, 1]),
-    )
-    taken, held_out = set(map(tuple, trained)), sample_tasks(env, test, rng)
-    while both := [
-        i for i, task in enumerate(held_out) if tuple(task) in taken
-    ]:  # rounded numbers can meet
+def split_tasks(
+    env: str, seed: int = 0, file: str | Path | None = None, train: int = 0, test: int = 0
+) -> tuple[list, list]:
+    """(training, held-out) tasks: the seeded split of App. D.1, or those of a JSON file
+    `{"train": [task, ...], "test": [task, ...]}`. `train`, `test`: how many; 0 the paper's number.
+
+    The training tasks of a seed do not depend on how many are held out. Raises ValueError with one
+    line when there are not that many; when the file cannot be read, lacks a list or holds a task
+    that does not fit the family; and when a task is held out that is also trained on.
+    """
+    family = get_family(env)
+    if min(train, test) < 0:
+        raise ValueError("--train-tasks and --test-tasks must not be negative (0: the paper's)")
+    if file is not None:
+        return _tasks_of_file(env, file)
+    train, test = train or family.train_tasks, test or family.test_tasks
+    if family.split_tasks:
+        return family.split_tasks(seed, train, test)
+    return _sampled_split(env, seed, train, test)
+
+
+def _sampled_split(env: str, seed: int, train: int, test: int) -> tuple[list, list]:
+    """Training and held-out tasks, each of a random stream of its own."""
+    trained = sample_tasks(env, train, np.random.default_rng([seed, 0]))
+    rng = np.random.default_rng([seed, 1])
+    held_out = sample_tasks(env, test, rng)
+    # Rounded numbers can meet: what is trained on is not held out, and is drawn again.
+    while both := [i for i, task in enumerate(held_out) if task in trained]:
         again = sample_tasks(env, test, rng)
         for i in both:
             held_out[i] = again[i]
     return trained, held_out
 
 
-def check_tasks(env: str, tasks) -> list:
-    """Tasks as lists of plain numbers; raises ValueError, naming the first that does not fit."""
-    spec = get_family(env)
-    if env == "darkroom":
-        from families import rooms
-
-        for task in tasks:
-            rooms.DarkRoom(task)
-        return [[int(v) for v in task] for task in tasks]
-    low, high = task_limits(env)
-    checked = []
-    for task in tasks:
-        numbers = task if isinstance(task, (list, tuple, np.ndarray)) else [task]
-        whole = len(numbers) == spec.task_numbers and all(
-            isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in numbers
-        )
-        if not whole or not (
-            np.isfinite(numbers).all() and (low <= numbers).all() and (numbers <= high).all()
-        ):
-            raise ValueError(
-                f"a task of {env} is {spec.task_numbers} number{'s' * (spec.task_numbers > 1)} from "
-                f"{np.round(low[:3], 3).tolist()} to {np.round(high[:3], 3).tolist()}, not {str(task)[:60]}"
-            )
-        checked.append([float(v) for v in numbers])
-    return checked
-
-
-def split_tasks(
-    env: str, seed: int = 0, file: str | Path | None = None, train: int = 0, test: int = 0
-) -> tuple[list, list]:
-    """(train, test) tasks: the seeded split of App. D.1, or those of a JSON file
-    `{"train": [task, ...], "test": [task, ...]}`. `train` and `test` are how many, 0 the paper's number.
-
-    The training tasks of a seed do not depend on how many are held out. Raises ValueError with one line when there
-    are not that many, or the file cannot be read, lacks a list, holds a task that does not fit the family, or holds
-    out a task that is also trained on.
-    """
-    spec = get_family(env)
-    if min(train, test) < 0:
-        raise ValueError(
-            "--train-tasks and --test-tasks must not be negative (0: the paper's number)"
-        )
-    if file is None:
-        train, test = train or spec.train_tasks, test or spec.test_tasks
-        if env != "darkroom":
-            return _sample_split(env, seed, train, test)
-        width, height = spec.state_values
-        if train + test > width * height:
-            raise ValueError(
-                f"a room has {width * height} cells: {train} training and {test} held-out goals are too many"
-            )
-        order = np.random.default_rng(seed).permutation(width * height)
-        cells = [[int(i // height), int(i % height)] for i in order]
-        return cells[:train], cells[train : train + test]
+def _tasks_of_file(env: str, file: str | Path) -> tuple[list, list]:
     try:
         lists = json.loads(Path(file).read_text())
         train, test = check_tasks(env, lists["train"]), check_tasks(env, lists["test"])
     except OSError as error:
         raise ValueError(f"cannot read the task file {file}: {error.strerror}") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f'{file} must hold {{"train": [...], "test": [...]}} ({error!r})'
-        ) from None
-    if not train or not test:
-        raise ValueError(f"{file} names no {'train' if not train else 'test'} tasks")
-    twice = [task for tasks in (train, test) for i, task in enumerate(tasks) if task in tasks[:i]]
-    if twice:
-        raise ValueError(f"{file} names {twice[0]} twice")
+        form = '{"train": [...], "test": [...]}'
+        raise ValueError(f"{file} must hold {form} ({error!r})") from None
+    for name, tasks in (("train", train), ("test", test)):
+        if not tasks:
+            raise ValueError(f"{file} names no {name} tasks")
+        twice = [task for i, task in enumerate(tasks) if task in tasks[:i]]
+        if twice:
+            raise ValueError(f"{file} names {twice[0]} twice")
     both = [task for task in test if task in train]
     if both:
         raise ValueError(f"{file} holds out {both[0]}, which is also a training task")
     return train, test
 
 
-# ------------------------------------------------------------------------------- reference returns
+# -------------------------------------------------------------------------------- reference returns
 def optimal_returns(env: str, tasks) -> np.ndarray | None:
     """Best attainable return of each task (N,) where it is known in closed form, else None."""
-    if env.endswith(".py"):
-        found = getattr(own_family(env), "optimal_returns", None)
-        return None if found is None else np.asarray(found(tasks))
-    from families import rooms
-
-    if get_family(env).name == "darkroom":
-        return rooms.darkroom_optimum(tasks)
-    return rooms.point_robot_optimum(tasks) if env == "point-robot" else None
+    closed_form = get_family(env).optimal_returns
+    return None if closed_form is None else np.asarray(closed_form(tasks))
 
 
 def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
-    """Expected return (N,) of the policy that draws every action uniformly: exact in DarkRoom, elsewhere the mean
-    of so many episodes a task (the same ones every time).
+    """Expected return (N,) of the policy that draws every action uniformly: exact where the family
+    says it, else the mean of so many episodes a task (the same ones every time).
     """
-    if get_family(env).name == "darkroom":
-        from families import rooms
+    exact = get_family(env).random_returns
+    if exact is not None:
+        return np.asarray(exact(tasks))
+    return _played_at_random(env, tuple(map(tuple, tasks)), episodes).copy()
 
-        return rooms.darkroom_noisy_return(tasks, [1.0])[:, 0]
-    return _random_returns(env, tuple(map(tuple, tasks)), episodes).copy()
+
+def _random_actions(family: Family, rows: int, rng: np.random.Generator) -> np.ndarray:
+    if family.discrete_actions:
+        return rng.integers(family.action_dim, size=rows)
+    return rng.uniform(-1, 1, (rows, family.action_dim)).astype(np.float32)
 
 
 @cache
-def _random_returns(env: str, tasks: tuple, episodes: int) -> np.ndarray:
-    spec, batch = (
-        get_family(env),
-        make_batch(env, [task for task in tasks for _ in range(episodes)], seed=0),
-    )
-    rng = np.random.default_rng(
-        1
-    )  # not the starts' own: an action would go on where its start points to
+def _played_at_random(env: str, tasks: tuple, episodes: int) -> np.ndarray:
+    family, rows = get_family(env), [task for task in tasks for _ in range(episodes)]
+    batch = make_batch(env, rows, seed=0)
+    # Not the starts' stream: an action would continue in the direction in which its start lies.
+    rng = np.random.default_rng(1)
     batch.reset()
-    total = 0.0
-    for _ in range(spec.horizon):
-        _, rewards = batch.step(
-            rng.uniform(-1, 1, (len(tasks) * episodes, spec.action_dim)).astype(np.float32)
-        )
-        total = total + rewards.astype(float)
+    total = np.zeros(len(rows))
+    for _ in range(family.horizon):
+        total += batch.step(_random_actions(family, len(rows), rng))[1]
     return total.reshape(len(tasks), episodes).mean(1)
 
 
-if __name__ == "__main__":
+def demo() -> None:
+    """Prints a line for every family, and a room."""
     for name in FAMILIES:
-        _, test = split_tasks(name)
-        best, floor = optimal_returns(name, test), random_returns(name, test, 2).mean()
-        known = "optimum unknown" if best is None else f"optimum {best.mean():.2f}"
-        print(
-            f"{name:<22}{len(test):>3} held-out tasks, first {test[0][:3]!s:<26}{known}, random {floor:.2f}"
-        )
+        held_out = split_tasks(name)[1]
+        best, floor = optimal_returns(name, held_out), random_returns(name, held_out, 2).mean()
+        best = "unknown" if best is None else f"{best.mean():.2f}"
+        print(f"{name:<22}{len(held_out):>3} held-out tasks, first {held_out[0][:3]!s:<26}", end="")
+        print(f"optimum {best}, random {floor:.2f}")
     print(make_env("darkroom", split_tasks("darkroom")[1][0]).unwrapped.render())
+
+
+if __name__ == "__main__":
+    # The families import this file as `envs`, and their Family is that copy's, not __main__'s.
+    importlib.import_module("envs").demo()

@@ -1,57 +1,64 @@
 """manipulation.py: Reach and Push of Meta-World (paper App. D.1), one task or many at once.
 
-A task is a goal: Reach `[x, y, z]`, where the hand must go; Push `[x, y]`, where on the table the puck must go.
-In all tasks the puck and the hand start at the same place.
+A task is a goal: Reach `[x, y, z]`, where the hand must go; Push `[x, y]`, where on the table the
+puck must go. In all tasks the puck and the hand start at the same place.
 
-in : tasks; actions (4,) or (N, 4): the hand's move along x, y, z and the gripper's effort, clipped to [-1, 1]
-out: states (18,) float64 or (N, 18) float32: hand (3), gripper opening, puck position (3) and quaternion (4), zeros
-     (7); rewards up to 10 a step; `success`: the hand (Reach) or the puck (Push) within 5 cm of the goal
-Read beside envs.py, which registers both with 100 steps an episode.    Try: python manipulation.py   (speeds)
+in : tasks; actions (4,) or (N, 4), clipped to [-1, 1]: the hand's move along x, y, z and the
+     gripper's effort
+out: states (18,) float64 or (N, 18) float32: hand (3), gripper opening, puck's position (3) and
+     quaternion (4), zeros (7); rewards up to 10 a step; `success`: the hand (Reach) or the puck
+     (Push) within 5 cm of the goal
+Read after point_robot.py.      Try: python -m families.manipulation   (speeds)
 
-Physics, starting state and constants are the library's. What its step does around the physics is rewritten, since
-that took most of the time: MuJoCo's arrays are looked up once, rewards are plain floats, and a reset restores the
-simulator's state instead of moving the hand there again. tests/test_manipulation.py steps both side by side.
-Differs from the library's ML1 benchmark: the puck's start does not vary (as in the paper); the observation is the
-first 18 of 39 numbers (the others are the last observation and zeros for the goal); no limit of 500 steps.
+Physics, starting state and constants are the library's. What its step does around the physics is
+rewritten, since that took most of the time: MuJoCo's arrays are looked up once, rewards are plain
+floats, and a reset restores the simulator's state instead of moving the hand there again.
+tests/test_manipulation.py steps both side by side.
+
+Differs from the library's ML1 benchmark: the puck's start does not vary (as in the paper); the
+observation is the first 18 of 39 numbers (the others are the last observation and zeros for the
+goal); no limit of 500 steps.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
+from functools import partial
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from metaworld.envs.sawyer_push_v3 import SawyerPushEnvV3
 from metaworld.envs.sawyer_reach_v3 import SawyerReachEnvV3
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils.reward_utils import hamacher_product
 
-REACH_GOALS = (
-    (-0.1, 0.8, 0.05),
-    (0.1, 0.9, 0.3),
-)  # lowest and highest corner, the library's `goal_space`
+from envs import Family, check_task
+
+# Lowest and highest corner of the goals: the library's `goal_space`.
+REACH_GOALS = ((-0.1, 0.8, 0.05), (0.1, 0.9, 0.3))
 PUSH_GOALS = ((-0.1, 0.8), (0.1, 0.9))  # without z, which the library takes from the puck
-STATE = int(
-    mujoco.mjtState.mjSTATE_INTEGRATION
-)  # all that the future depends on, the solver's warm start included
+# All that the future depends on, the solver's warm start included.
+STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-# ------------------------------------------------------------------- the library's arithmetic in plain floats
+# --------------------------------------------------------- the library's arithmetic in plain floats
 def distance(a, b) -> float:
     """Between two points. Not math.dist, whose last bit differs from numpy's norm."""
     return math.sqrt(sum([(p - q) * (p - q) for p, q in zip(a, b, strict=True)]))
 
 
 def long_tail(x: float, low: float, high: float, margin: float) -> float:
-    """`reward_utils.tolerance`: 1 for low <= x <= high, falling to 0.1 at `margin` from the interval."""
+    """`reward_utils.tolerance`: 1 for low <= x <= high, 0.1 at a distance `margin` from there."""
     if low <= x <= high:
         return 1.0
     return 1 / (((low - x if x < low else x - high) / margin * 3.0) ** 2 + 1) if margin else 0.0
 
 
 def quaternion(matrix) -> tuple[float, float, float, float]:
-    """(x, y, z, w) of a rotation matrix, nine numbers by row: scipy's `Rotation.as_quat`, its signs included."""
+    """(x, y, z, w) of a rotation matrix, nine numbers by row; scipy's `as_quat`, signs included."""
     a, b, c, d, e, f, g, h, i = matrix
     trace = a + e + i
     largest = max(a, e, i, trace)
@@ -67,14 +74,12 @@ def quaternion(matrix) -> tuple[float, float, float, float]:
     return x / norm, y / norm, z / norm, w / norm
 
 
-# --------------------------------------------------------------------------------------------- one task
-class Manipulation:
+# ----------------------------------------------------------------------------------------- one task
+class Manipulation(SawyerXYZEnv):
     """What Reach and Push share; comes before the library's class in their bases."""
 
-    goals: tuple  # lowest and highest corner
-
-    def __init__(self, task, render_mode: str | None = None):
-        self.task = self.check(task)
+    def __init__(self, family: Family, task, render_mode: str | None = None):
+        self.task = check_task(family, task)
         super().__init__(render_mode=render_mode)
         model, data = self.model, self.data
         whole = self.observation_space
@@ -88,46 +93,16 @@ class Manipulation:
         mujoco.mj_resetData(model, data)
         self.reset_model()
         # MuJoCo never moves these arrays, so views of them stay valid.
-        (
-            self._hand,
-            self._right_claw,
-            self._left_claw,
-            self._puck,
-            self._right_pad,
-            self._left_pad,
-        ) = (
-            data.body(name).xpos
-            for name in ("hand", "rightclaw", "leftclaw", "obj", "rightpad", "leftpad")
-        )
-        self._right_finger, self._left_finger = (
-            data.site(f"{side}EndEffector").xpos for side in ("right", "left")
-        )
-        self._puck_matrix, self._mocap, self._ctrl = (
-            data.geom("objGeom").xmat,
-            data.mocap_pos[0],
-            data.ctrl,
-        )
+        self._hand, self._puck = data.body("hand").xpos, data.body("obj").xpos
+        self._right_claw, self._left_claw = data.body("rightclaw").xpos, data.body("leftclaw").xpos
+        self._right_pad, self._left_pad = data.body("rightpad").xpos, data.body("leftpad").xpos
+        self._right_finger = data.site("rightEndEffector").xpos
+        self._left_finger = data.site("leftEndEffector").xpos
+        self._puck_matrix = data.geom("objGeom").xmat
+        self._mocap, self._ctrl = data.mocap_pos[0], data.ctrl
         self._target, self._puck_start = self._target_pos.tolist(), self.obj_init_pos.tolist()
         self._hand_start, self._tcp_start = self.hand_init_pos.tolist(), self.init_tcp.tolist()
         self._start = self._save(np.empty(mujoco.mj_stateSize(model, STATE)))
-
-    @classmethod
-    def check(cls, task) -> list[float]:
-        """The goal as plain numbers; raises ValueError for one that is not in the task family."""
-        low, high = cls.goals
-        try:
-            goal = np.asarray(task)
-        except ValueError:  # lists of different lengths
-            goal = np.empty(0)
-        if (
-            goal.shape != (len(low),)
-            or goal.dtype.kind not in "iuf"
-            or not ((goal >= low) & (goal <= high)).all()
-        ):
-            raise ValueError(
-                f"a {cls.__name__} goal is {len(low)} numbers from {low} to {high}, not {task}"
-            )
-        return goal.astype(float).tolist()
 
     def _save(self, state: np.ndarray) -> np.ndarray:
         mujoco.mj_getState(self.model, self.data, state, STATE)
@@ -137,7 +112,7 @@ class Manipulation:
         mujoco.mj_setState(self.model, self.data, state, STATE)
 
     def __reduce__(self):
-        # The library's own pickling makes new MuJoCo arrays, and the views would stay with the old ones.
+        # The library's own pickling makes new MuJoCo arrays; the views would stay with the old.
         return type(self), (self.task, self.render_mode), self._save(np.empty_like(self._start))
 
     def __setstate__(self, state: np.ndarray):
@@ -158,7 +133,7 @@ class Manipulation:
         return np.array(observation), reward, False, False, {"success": float(success)}
 
     def _commands(self, actions) -> list:
-        """Clipped actions (..., 4), the first three scaled to metres, in float32 as the library scales them."""
+        """Clipped actions (..., 4), the first three in metres; float32 as in the library."""
         commands = np.clip(np.asarray(actions, np.float32), -1, 1)
         commands[..., :3] *= self.action_scale
         return commands.tolist()
@@ -168,8 +143,8 @@ class Manipulation:
         self._mocap[:] = np.minimum(moved, self.mocap_high)
         self._ctrl[:] = grip, -grip
         mujoco.mj_step(self.model, self.data, self.frame_skip)
-        # mj_kinematics would be enough to place the bodies, but mj_forward also sets the solver's warm start, and the
-        # library's next step begins from that.
+        # mj_kinematics would be enough to place the bodies, but mj_forward also sets the solver's
+        # warm start, and the library's next step begins from that.
         mujoco.mj_forward(self.model, self.data)
 
     def _observe(self) -> list[float]:
@@ -193,12 +168,13 @@ class Manipulation:
 
 
 class Reach(Manipulation, SawyerReachEnvV3):
-    """Bring the hand to `task` [x, y, z]. `t2mir/Reach-v0` truncates after 100 steps, this class never."""
+    """Bring the hand to `task` [x, y, z]. `t2mir/Reach-v0` truncates after 100 steps, this never.
 
-    goals = REACH_GOALS
+    Raises ValueError for a goal outside `REACH_GOALS`.
+    """
 
     def __init__(self, task=(0.0, 0.85, 0.175), render_mode: str | None = None):
-        super().__init__(task, render_mode)
+        super().__init__(REACH, task, render_mode)
 
     def _score(
         self, observation: list[float], grip: float, goal: list[float]
@@ -208,19 +184,20 @@ class Reach(Manipulation, SawyerReachEnvV3):
 
 
 class Push(Manipulation, SawyerPushEnvV3):
-    """Push the puck to `task` [x, y] on the table. `t2mir/Push-v0` truncates after 100 steps, this class never."""
-
-    goals = PUSH_GOALS
+    """Push the puck to `task` [x, y] on the table. `t2mir/Push-v0` truncates after 100 steps, this
+    never. Raises ValueError for a goal outside `PUSH_GOALS`.
+    """
 
     def __init__(self, task=(0.0, 0.85), render_mode: str | None = None):
-        super().__init__(task, render_mode)
+        super().__init__(PUSH, task, render_mode)
 
     def _score(
         self, observation: list[float], grip: float, goal: list[float]
     ) -> tuple[float, bool]:
         tcp, puck, start = self._tcp(), observation[4:7], self._puck_start
         gap = distance(puck, goal)
-        # Caging: both pads beside the puck along y, the fingers above it in the x-z plane, and then closing.
+        # Caging: both pads beside the puck along y, the fingers above it in the x-z plane; and then
+        # closing.
         beside = [
             long_tail(abs(pad - puck[1]), 0.015, 0.05, abs(abs(pad - start[1]) - 0.05))
             for pad in (float(self._left_pad[1]), float(self._right_pad[1]))
@@ -228,36 +205,33 @@ class Push(Manipulation, SawyerPushEnvV3):
         above_margin = distance(start[::2], self._tcp_start[::2]) - 0.005
         above = long_tail(distance(tcp[::2], puck[::2]), 0, 0.005, above_margin)
         caging = hamacher_product(hamacher_product(*beside), above)
-        closing = (
-            max(0, np.float32(grip)) if caging > 0.97 else 0.0
-        )  # as the library's: its rounding shows
+        # float32 as in the library: its rounding shows
+        closing = max(0, np.float32(grip)) if caging > 0.97 else 0.0
         reward = hamacher_product(caging, closing) + caging
         if distance(puck, tcp) < 0.02 and observation[3] > 0:
             reward += 1.0 + reward + 5.0 * long_tail(gap, 0, 0.05, distance(start, goal))
         return (10.0 if gap < 0.05 else float(reward)), gap <= 0.05
 
 
-# ----------------------------------------------------------------------------------------- many tasks
+# --------------------------------------------------------------------------------------- many tasks
 class BatchedManipulation:
     """N tasks stepped at once: states (N, 18) float32, actions (N, 4) -> rewards (N,) float32.
 
-    All tasks share the horizon, so there is no `done`: the caller counts to `spec.horizon`. `success` (N,) tells
-    which tasks succeeded at any step of the running episode. Nothing is random; `seed` is there for the interface.
+    `success` (N,) tells which tasks succeeded at any step of the running episode. Nothing is
+    random; `seed` is there for the interface.
 
-    One simulator serves all rows in turn; a row is the 276 numbers of its state. To load and save them takes a
-    fiftieth of a step, while a simulator for every row would reserve 15 MB. Physics is nine tenths of a step, so
-    observations and rewards stay those of the single task, row by row.
+    One simulator serves all rows in turn; a row is the 276 numbers of its state. To load and save
+    them takes a fiftieth of a step, while a simulator for every row would reserve 15 MB. Physics is
+    nine tenths of a step, so observations and rewards stay those of the single task, row by row.
     """
 
-    single: type[Manipulation]
+    single: type[Reach | Push]
 
     def __init__(self, tasks, seed: int = 0):
-        goals = [self.single.check(task) for task in tasks]
-        self.simulator = self.single(goals[0])
-        self.goals = [
-            [*goal, *self.simulator._target[len(goal) :]] for goal in goals
-        ]  # Push: z is the puck's
-        self.rows = np.empty((len(goals), self.simulator._start.size))
+        self.simulator = self.single(tasks[0])
+        z = self.simulator._target[2:]  # Push: that of the puck
+        self.goals = [[float(v) for v in (*task, *z)][:3] for task in tasks]
+        self.rows = np.empty((len(tasks), self.simulator._start.size))
         self.reset()
 
     def reset(self) -> np.ndarray:
@@ -288,6 +262,47 @@ class BatchedPush(BatchedManipulation):
     single = Push
 
 
+# ------------------------------------------------------------------------------------- the families
+def sample_reach_goals(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, 3), uniform."""
+    return rng.uniform(*REACH_GOALS, (count, 3))
+
+
+def sample_push_goals(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, 2), uniform."""
+    return rng.uniform(*PUSH_GOALS, (count, 2))
+
+
+REACH = Family(
+    name="reach",
+    horizon=100,
+    state_dim=18,
+    action_dim=4,
+    train_tasks=45,
+    test_tasks=5,
+    task_low=REACH_GOALS[0],
+    task_high=REACH_GOALS[1],
+    batch=BatchedReach,
+    sample_tasks=sample_reach_goals,
+    reward_scale=10.0,
+    can_succeed=True,
+    teacher="ppo",
+    gym_id="t2mir/Reach-v0",
+    paper_return={"T2MIR-AD": 823.9, "T2MIR-DPT": 764.6, "AD": 790.4, "DPT": 754.9},
+)
+
+PUSH = replace(
+    REACH,
+    name="push",
+    task_low=PUSH_GOALS[0],
+    task_high=PUSH_GOALS[1],
+    batch=BatchedPush,
+    sample_tasks=sample_push_goals,
+    gym_id="t2mir/Push-v0",
+    paper_return={"T2MIR-AD": 665.8, "T2MIR-DPT": 633.2, "AD": 604.7, "DPT": 615.4},
+)
+
+
 def _speed(step, actions) -> str:
     start = time.perf_counter()
     for action in actions:
@@ -298,8 +313,7 @@ def _speed(step, actions) -> str:
 if __name__ == "__main__":
     noise = np.random.default_rng(0).uniform(-1, 1, (100, 20, 4)).astype(np.float32)
     for name, single, batched in ("reach", Reach, BatchedReach), ("push", Push, BatchedPush):
-        library = single()
-        plain = _speed(super(Manipulation, library).step, noise[:, 0])
+        plain = _speed(partial(SawyerXYZEnv.step, single()), noise[:, 0])
         fast = _speed(single().step, noise[:, 0])
-        many = _speed(batched([library.task] * 20).step, noise)
+        many = _speed(batched([single().task] * 20).step, noise)
         print(f"{name}: {plain} steps/s as the library steps, {fast} here, {many} in a batch of 20")

@@ -1,77 +1,99 @@
 """posterior.py: the exact in-context policy of DarkRoom (what Eq. 11 converges to).
 
-in : a prompt (B, n steps)      out: the posterior over goals (B, 100) and over optimal actions (B, Q, 5)
-Read after envs.py.             Try: python posterior.py   (plays it: the ceiling of any trained DPT)
+in : a prompt (B, n steps)     out: p(goal | prompt) (B, 100), p(a* | s, prompt) (B, Q, 5)
+Read after darkroom.py.        Try: python -m families.posterior   (plays it: no DPT can do better)
 
-DPT learns p(a* | s, prompt). On DarkRoom this is known without learning: a reward in the prompt reveals
-the goal, the cell it was received in; without one the goal is uniform over the cells that the prompt did
-not enter. Averaging the expert's action over that posterior gives p(a* | s, prompt). It is the ceiling
-in every return curve, and its divergence from a network tells what the network has learned long before
-the return does.
+DPT learns p(a* | s, prompt). In DarkRoom this is known without learning: a reward in the prompt
+reveals the goal, the cell it was received in; without one the goal is uniform over the cells that
+the prompt did not enter. Averaging the teacher's action over that posterior gives
+p(a* | s, prompt). It is the ceiling in every return curve, and its divergence from a network tells
+what the network has learned long before the return does. `DARKROOM.ceiling` and `.divergence` lead
+here.
+
+Shape legend: B prompts, n steps of a prompt, Q query states of each, 100 cells (id 10 x + y).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from data import Prompt
-from families.rooms import MOVES, SIDE, darkroom_expert
+from families.darkroom import CELLS, MOVES, SIDE, cell_id, darkroom_teacher
+from policies import choose, concatenate
 
-CELLS = np.stack(np.divmod(np.arange(SIDE**2), SIDE), -1)  # (100, 2); id = 10 x + y
-# EXPERT[s, g] one-hot: the optimal action in cell s for goal g, (100, 100, 5)
-EXPERT = torch.nn.functional.one_hot(
-    torch.from_numpy(darkroom_expert(CELLS[:, None], CELLS[None])), len(MOVES)
+# TEACHER[s, g]: the optimal action in cell s for goal g, one-hot (100, 100, 5)
+TEACHER = torch.nn.functional.one_hot(
+    torch.from_numpy(darkroom_teacher(CELLS[:, None], CELLS[None])), len(MOVES)
 ).float()
-
-
-def cell_id(cells: Tensor) -> Tensor:
-    return cells[..., 0] * SIDE + cells[..., 1]
 
 
 def goal_posterior(prompt: Prompt | None, rows: int = 1) -> Tensor:
     """p(goal | prompt): (B, 100), rows sum to 1. None is the empty prompt of a first episode.
 
-    If every cell has been entered without a reward (impossible in this room), it falls back to uniform.
+    If every cell has been entered without a reward (impossible in this room), it is uniform.
     """
     if prompt is None:
         return torch.full((rows, SIDE**2), 1 / SIDE**2)
     moves = torch.from_numpy(MOVES).to(prompt.states.device)
+    # A reward is that of the cell after the move: the start counts only if a move ends there.
     entered = cell_id((prompt.states + moves[prompt.actions]).clamp(0, SIDE - 1))  # (B, n)
     empty = torch.zeros(len(entered), SIDE**2, device=entered.device)
     paid = empty.scatter_reduce(1, entered, prompt.rewards, "amax")
     unvisited = 1 - empty.scatter(1, entered, 1.0)
-    unvisited = torch.where(
-        unvisited.sum(1, keepdim=True) > 0, unvisited, torch.ones_like(unvisited)
-    )
+    any_left = unvisited.sum(1, keepdim=True) > 0
+    unvisited = torch.where(any_left, unvisited, torch.ones_like(unvisited))
     belief = torch.where(paid.amax(1, keepdim=True) > 0, paid, unvisited)
     return belief / belief.sum(1, keepdim=True)
 
 
 def action_posterior(belief: Tensor, states: Tensor) -> Tensor:
     """p(a* | s, prompt): belief (B, 100), states (B, Q, 2) -> (B, Q, 5)."""
-    return torch.einsum("bg,bqga->bqa", belief, EXPERT.to(belief.device)[cell_id(states)])
+    return torch.einsum("bg,bqga->bqa", belief, TEACHER.to(belief.device)[cell_id(states)])
 
 
 def divergence(prompt: Prompt, states: Tensor, log_policy: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(exact || policy) in nats at states (B, Q, 2), policy's log-probabilities (B, Q, 5): (B, Q); and
-    whether each prompt holds a reward (B,).
+    """KL(exact || policy) in nats (B, Q) at states (B, Q, 2), given the policy's log-probabilities
+    (B, Q, 5); and whether each prompt holds a reward (B,).
     """
     exact = action_posterior(goal_posterior(prompt), states)
-    # an action that the exact policy never takes counts nothing, whatever the policy thinks of it
+    # An action that the exact policy never takes counts nothing, whatever the policy thinks of it.
     kl = torch.where(exact > 0, exact * (exact.log() - log_policy), 0.0).sum(-1)
     return kl, (prompt.rewards > 0).any(1)
 
 
-if __name__ == "__main__":
-    from evaluate import play
-    from policies import ExactPosterior
+class ExactPosterior:
+    """The exact policy as evaluate.py plays one: what no DPT with the same memory can surpass.
 
-    tasks = CELLS.tolist() * 20
+    `memory` "last": the prompt is the last episode (Algorithm 4); "all": all of them.
+    """
+
+    def __init__(
+        self, memory: Literal["last", "all"] = "last", seed: int = 0, greedy: bool = False
+    ):
+        self.memory, self.greedy = memory, greedy
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def begin(self, history: list[Prompt], rows: int) -> None:
+        prompt = None
+        if history:
+            prompt = history[-1] if self.memory == "last" else concatenate(history)
+        self.belief = goal_posterior(prompt, rows)
+
+    def act(self, states: Tensor) -> Tensor:
+        probabilities = action_posterior(self.belief, states[:, None])[:, 0]
+        return choose(probabilities.log(), self.greedy, self.rng)
+
+    def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None: ...
+
+
+if __name__ == "__main__":
+    from evaluate import play  # here alone: evaluate.py comes later in the reading order
+
+    goals = CELLS.tolist() * 20
     for memory in ("last", "all"):
-        returns = play("darkroom", tasks, ExactPosterior(memory, seed=0), 40).mean(0)
-        print(
-            f"prompt {memory:4s}: "
-            + "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20, 40))
-        )
+        returns = play("darkroom", goals, ExactPosterior(memory, seed=0), 40).mean(0)
+        shown = "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20, 40))
+        print(f"prompt {memory:4s}: {shown}")

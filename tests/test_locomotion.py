@@ -1,4 +1,5 @@
-"""Cheetah-Vel and Walker-Param (paper App. D.1): MuJoCo's own numbers, rewards by hand, batches equal to single tasks.
+"""Cheetah-Vel and Walker-Param (paper App. D.1): MuJoCo's own numbers, rewards by hand, batches
+equal to single tasks.
 
 Run: pytest tests/test_locomotion.py
 """
@@ -41,7 +42,7 @@ def actions_of(rng, steps, rows=None, scale=1.0):
     )
 
 
-# ------------------------------------------------------------------------------------------------- cheetah
+# ------------------------------------------------------------------------------------------ cheetah
 def test_cheetah_observation_is_mujocos_state():
     env, rng = CheetahVel([1.0]), np.random.default_rng(0)
     observation, _ = env.reset(seed=0)
@@ -88,7 +89,7 @@ def test_cheetah_velocity_of_no_force_and_one():
     assert env.step(np.ones(6))[1] == pytest.approx(-abs(moved - 2) - 0.3, abs=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------- walker
+# ------------------------------------------------------------------------------------------- walker
 def test_walker_observation_is_mujocos_state():
     env, rng = WalkerParam(WALKERS[0]), np.random.default_rng(0)
     observation, _ = env.reset(seed=0)
@@ -164,7 +165,7 @@ def test_fallen_walker_goes_on_to_the_end(batched):
     assert bonus[0] > 0.5 and (bonus[-10:] < 0.5).all()
 
 
-# ---------------------------------------------------------------------------------- a task's own simulator
+# --------------------------------------------------------------------------- a task's own simulator
 def test_walker_task_scales_the_simulators_own_parameters():
     library = gym.make("Walker2d-v5").unwrapped.model
     envs = [WalkerParam(task) for task in (*WALKERS, PLAIN)]
@@ -225,7 +226,7 @@ def test_tasks_do_not_touch_each_other(single, batched, tasks):
         )  # another body moves differently
 
 
-# ------------------------------------------------------------------------------------------------ gymnasium
+# ---------------------------------------------------------------------------------------- gymnasium
 @pytest.mark.parametrize(("single", "batched", "tasks"), FAMILIES)
 def test_gymnasium_accepts_the_environment(single, batched, tasks):
     with warnings.catch_warnings():
@@ -276,7 +277,7 @@ def test_wrong_task_is_one_line():
             assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------- goals
+# -------------------------------------------------------------------------------------------- goals
 def test_goal_velocity_is_not_in_the_observation():
     envs = [CheetahVel([v]) for v in (0.1, 3.0)]
     batch = BatchedCheetahVel([[0.1], [3.0]])
@@ -298,10 +299,12 @@ def test_walkers_task_is_not_in_the_observation():
     np.testing.assert_array_equal(starts, starts[:1] * 3)
 
 
-# ------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 @pytest.mark.parametrize(("single", "batched", "tasks"), FAMILIES)
 def test_batch_equals_single_tasks(single, batched, tasks):
-    """From the same state. The solvers start differently, so that states part slowly within its tolerance."""
+    """From the same state. The solvers start differently, so that states part slowly within its
+    tolerance.
+    """
     batch, envs = batched(tasks, seed=5), [single(task) for task in tasks]
     states = batch.reset()
     assert states.dtype == np.float32
@@ -431,5 +434,5 @@ def test_make_batch_knows_the_families():
         ("walker-param", BatchedWalkerParam, PLAIN),
     ):
         batch = make_batch(env, [task], seed=3)
-        assert type(batch) is kind and batch.success is None
+        assert type(batch) is kind and batch.success is None and batch.family.name == env
         np.testing.assert_array_equal(batch.reset(), kind([task], seed=3).reset())

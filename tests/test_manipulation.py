@@ -1,4 +1,5 @@
-"""Reach and Push (paper App. D.1): step for step the library's own, goals hidden, batches equal to single tasks.
+"""Reach and Push (paper App. D.1): step for step the library's own, goals hidden, batches equal to
+single tasks.
 
 Run: pytest tests/test_manipulation.py
 """
@@ -20,6 +21,7 @@ from metaworld.policies import SawyerPushV3Policy, SawyerReachV3Policy
 from metaworld.utils.reward_utils import tolerance
 from scipy.spatial.transform import Rotation
 
+from envs import check_tasks
 from families.manipulation import (
     PUSH_GOALS,
     REACH_GOALS,
@@ -65,7 +67,7 @@ def behaviour(kind, single, observation, goal, rng):
     return action * np.float32(5) if kind == "out of range" else action
 
 
-# ------------------------------------------------------------------------------------- as the library does
+# ------------------------------------------------------------------------------ as the library does
 @pytest.mark.parametrize(("single", "batched", "goals"), FAMILIES)
 def test_every_step_is_the_librarys(single, batched, goals):
     rng = np.random.default_rng(0)
@@ -128,7 +130,7 @@ def test_goal_spaces_and_step_limit_of_the_library():
         assert not terminated and not truncated
 
 
-# --------------------------------------------------------------------------------------- numbers by hand
+# ---------------------------------------------------------------------------------- numbers by hand
 @pytest.mark.parametrize("goal", REACH)
 def test_reach_pays_by_the_fingers_distance_to_the_goal(goal):
     env = Reach(goal)
@@ -170,7 +172,7 @@ def test_first_observation_by_name():
     np.testing.assert_allclose(observation[7:], [0, 0, 0, 1] + [0] * 7, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------- goals and tasks
+# ---------------------------------------------------------------------------------- goals and tasks
 @pytest.mark.parametrize(("single", "batched", "goals"), FAMILIES)
 def test_goal_is_not_in_the_observation(single, batched, goals):
     rng = np.random.default_rng(0)
@@ -223,12 +225,11 @@ BAD = [
 def test_wrong_task_is_one_line(single, task):
     for make in (
         single,
-        single.check,
+        lambda t: check_tasks(single.__name__.lower(), [t]),
         lambda t: {Reach: BatchedReach, Push: BatchedPush}[single]([t]),
     ):
-        with pytest.raises(
-            ValueError, match=rf"a {single.__name__} goal is \d numbers from"
-        ) as error:
+        line = rf"a task of {single.__name__.lower()} is \d numbers from"
+        with pytest.raises(ValueError, match=line) as error:
             make(task)
         assert "\n" not in str(error.value)
 
@@ -236,11 +237,12 @@ def test_wrong_task_is_one_line(single, task):
 @pytest.mark.parametrize(("single", "low", "high"), [(Reach, *REACH_GOALS), (Push, *PUSH_GOALS)])
 def test_corners_of_the_goal_space_are_tasks(single, low, high):
     for task in (low, high):
-        assert single.check(np.array(task)) == list(task)
-        assert all(type(v) is float for v in single.check(task))
+        (checked,) = check_tasks(single.__name__.lower(), [np.array(task)])
+        assert checked == list(task) == single(task).task
+        assert all(type(v) is float for v in checked)
 
 
-# -------------------------------------------------------------------------------------------- gymnasium
+# ---------------------------------------------------------------------------------------- gymnasium
 @pytest.mark.parametrize("single", [Reach, Push])
 def test_gymnasium_accepts_the_environment(single):
     with warnings.catch_warnings():
@@ -271,7 +273,7 @@ def test_two_instances_do_not_affect_each_other(duplicate):
         assert ours[1] == reward
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 @pytest.mark.parametrize(("single", "batched", "goals"), FAMILIES)
 def test_batch_equals_single_tasks(single, batched, goals):
     rng = np.random.default_rng(0)

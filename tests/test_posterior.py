@@ -1,4 +1,4 @@
-"""The exact in-context policy of DarkRoom (what Eq. 11 converges to), and its returns in Algorithm 4.
+"""The exact in-context policy of DarkRoom (what Eq. 11 converges to); its returns in Algorithm 4.
 
 Run: pytest tests/test_posterior.py
 """
@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import Prompt, sample_dpt
+from data import Prompt
+from dpt import DPTSettings, sample_dpt
 from evaluate import play
-from families.posterior import CELLS, action_posterior, divergence, goal_posterior
-from families.rooms import darkroom_expert
-from policies import ExactPosterior
+from families.darkroom import darkroom_teacher
+from families.posterior import (
+    CELLS,
+    ExactPosterior,
+    action_posterior,
+    divergence,
+    goal_posterior,
+)
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 
@@ -31,7 +37,7 @@ def uniform_without(*cells):
     return belief.flatten() / belief.sum()
 
 
-# --------------------------------------------------------------------------------- posterior of goals
+# ------------------------------------------------------------------------------- posterior of goals
 def test_nothing_seen_is_uniform():
     torch.testing.assert_close(goal_posterior(None, rows=3), torch.full((3, 100), 0.01))
     nothing = Prompt(torch.zeros(1, 0, 2).long(), torch.zeros(1, 0).long(), torch.zeros(1, 0))
@@ -72,7 +78,8 @@ def test_reward_is_of_the_cell_after_the_move():
 
 
 def test_belief_never_rules_out_the_true_goal(explore_data):
-    batch = sample_dpt(explore_data, 8, 1, 1, torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    batch = sample_dpt(explore_data, 8, 1, 1, rng, DPTSettings())
     belief = goal_posterior(batch.prompt)
     goals = torch.tensor(explore_data.meta["train_tasks"])[batch.task] @ torch.tensor([10, 1])
     mass = belief[torch.arange(8), goals]
@@ -81,18 +88,18 @@ def test_belief_never_rules_out_the_true_goal(explore_data):
     torch.testing.assert_close(belief.sum(1), torch.ones(8))
 
 
-# ------------------------------------------------------------------------------- posterior of actions
+# ----------------------------------------------------------------------------- posterior of actions
 def slow_action_posterior(belief, states):
     want = torch.zeros(*states.shape[:2], 5)
     for b in range(states.shape[0]):
         for q in range(states.shape[1]):
             for goal in range(100):
-                action = int(darkroom_expert(states[b, q].numpy(), CELLS[goal]))
+                action = int(darkroom_teacher(states[b, q].numpy(), CELLS[goal]))
                 want[b, q, action] += belief[b, goal]
     return want
 
 
-def test_action_posterior_is_the_expert_averaged_over_goals():
+def test_action_posterior_is_the_teacher_averaged_over_goals():
     rng = torch.Generator().manual_seed(0)
     states = torch.randint(10, (3, 6, 2), generator=rng)
     belief = torch.rand(3, 100, generator=rng)
@@ -112,7 +119,7 @@ def test_action_posterior_by_hand():
     torch.testing.assert_close(actions, torch.eye(5)[[RIGHT, LEFT, DOWN, UP, STAY]])
 
 
-# ---------------------------------------------------------------------------------------- divergence
+# --------------------------------------------------------------------------------------- divergence
 @pytest.fixture
 def case():
     paid = [((0, 0), RIGHT, 0), ((1, 0), UP, 1)]
@@ -148,7 +155,7 @@ def test_divergence_of_a_policy_that_excludes_actions(case):
     assert (kl == torch.inf).all()
 
 
-# ---------------------------------------------------------------------- playing it (Algorithm 4)
+# ------------------------------------------------------------------------- playing it (Algorithm 4)
 REPEATS = 10
 
 

@@ -1,0 +1,34 @@
+"""user_file.py: a Python file of the user's own, run as a module (`--env FILE.py`, `--backbone`).
+
+in : its path           out: the module, or ValueError with one line that says where it went wrong
+Service code, used by envs.py (a family of your own) and methods.py (a method of your own).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+
+def run_file(file: str, flag: str) -> ModuleType:
+    """The file as a module; `flag` is the one that names it. ValueError: whatever goes wrong."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--{flag} {file}: there is no such file")
+    name = f"{flag}_{path.stem}"  # not its own name, which may be that of another module
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a path that ends in .py has both"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses in the file look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
+        place = f" line {lines[-1]}:" if lines else ""  # a syntax error names its line by itself
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--{flag} {file}:{place} {type(error).__name__}: {reason}") from error
+    return module
