@@ -1,12 +1,19 @@
-"""collect.py: offline datasets (paper App. D.2, Algorithm 3 lines 1-6).
+"""collect.py: offline datasets (App. D.2; Algorithm 3, lines 1-6).
 
-in : environment, quality, seed                 out: a dataset folder that data.py reads
-Read after envs.py, before data.py.             Try: python collect.py --env point-robot --quality medium
+in : a task family, quality, recipe (config.Collection)      out: a folder that data.py reads
+Read after envs.py, before data.py.   Try: python collect.py --env point-robot --quality medium
 
-Who makes the data is said elsewhere: DarkRoom's noisy teacher in collect_darkroom.py; one policy a task, trained by
-SAC or PPO and rolled out at all stages of its training, in teachers.py. Training teachers is most of the work; it is
-kept in `datasets/teachers/` and serves all three qualities. Here: what is kept, in which order, and how a stopped
-run goes on. Tasks are independent: they run in `--workers` processes or, with `--cluster`, on Ray.
+    datasets/<name>/task-000.npz   D_i and D_i^q of a training task: states, actions, rewards;
+                                   query_states, query_actions
+                    meta.json      settings, tasks, checksums, reference returns; written last
+    datasets/teachers/             the trained policies, which serve all qualities and recipes
+
+Who acts is said elsewhere. DarkRoom's data are made by a rule, a noisy teacher that the family
+itself plays (`Family.collect_task`). In all other families one policy a task, trained by SAC or
+PPO, is rolled out at all stages of its training (teachers/). Here: what is kept, in which order
+it is made, and how a stopped run goes on. Training the teachers is most of the work.
+
+Tasks are independent: they run in `--workers` processes or, with `--cluster`, on Ray.
 """
 
 from __future__ import annotations
@@ -14,299 +21,260 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
+from config import Collection, Teachers
 from data import FORMAT, file_hash, load_part, part_name, read_meta
 from envs import get_family, split_tasks
-from families import collect_darkroom
+from support.distributed import resolve_device
 from support.files import need_space, only_writer, progress, save_arrays, write_atomically
-from support.jobs import check_cluster, run_jobs
-from teachers.teachers import TeacherConfig, Teachers, describe, make_part, parts_of, train_teachers
-
-Quality = Literal["mixed", "medium-expert", "medium"]
-Recipe = Literal["paper", "explore", "wander"]
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """Collect one dataset; the same settings give the same bytes, and a stopped run continues."""
-
-    env: str = "darkroom"
-    """Task family."""
-    quality: Quality = "mixed"
-    """App. D.2: which stages of the teacher's training make the data."""
-    recipe: Recipe = "paper"
-    """paper: the task's own teacher. explore, wander: also behaviour that does not know the task."""
-    episodes: int = 200
-    """Episodes of each training task."""
-    queries: int = 1000
-    """Labelled query states of each task (DPT)."""
-    train_tasks: int = 0
-    """Training tasks; 0: the paper's number."""
-    test_tasks: int = 0
-    """Held-out tasks; 0: the paper's number."""
-    task_seed: int = 56
-    """Seed of the train/test split."""
-    seed: int = 0
-    """Seed of everything random in the data."""
-    tasks: str | None = None
-    """JSON file {"train": [...], "test": [...]} instead of the seeded split."""
-    folder: str = "datasets"
-    """Where dataset folders are kept."""
-
-    # teachers (Tables 2 and 3); 0: the paper's
-    teacher_steps: int = 0
-    """Environment steps of each task's SAC or PPO."""
-    teacher_save_every: int = 0
-    """Steps between its checkpoints."""
-    teacher_warmup: int = 0
-    """SAC: first steps, random and without updates."""
-    teacher_hidden: int = 0
-    """SAC: hidden units of a layer."""
-    teacher_batch: int = 0
-    """Rows of an update."""
-    teacher_lr: float = 0.0
-    """Learning rate of the teachers."""
-    teacher_alpha: float = 0.0
-    """SAC: entropy ratio."""
-    teacher_seed: int = 0
-    """Seed of the teachers' training."""
-    teacher_group: int = 10
-    """SAC: tasks trained in one stack."""
-
-    # where (nothing of this changes the bytes, but for rounding on another device)
-    workers: int = 0
-    """Local processes; 0: one a core."""
-    cluster: str | None = None
-    """Address of a Ray cluster instead (`auto`, `local`, host:port)."""
-    teacher_device: str = "cpu"
-    """SAC's networks on cpu or cuda."""
-    export_minari: str | None = None
-    """Also write the dataset under this folder in Minari's format (minari_io.py)."""
-
-    def teachers(self) -> TeacherConfig | None:
-        """Settings of the teachers, where there are any. Raises ValueError for ones that cannot be."""
-        if get_family(self.env).teacher == "rule":
-            if any(
-                getattr(self, name)
-                for name in vars(self)
-                if name.startswith("teacher_") and name not in _FIXED
-            ):
-                raise ValueError(
-                    f"{self.env}'s teacher is a rule: it has no --teacher-... settings"
-                )
-            return None
-        names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha", "seed", "group")
-        found = TeacherConfig(
-            self.env, **{name: getattr(self, f"teacher_{name}") for name in names}
-        )
-        found.algorithm()
-        return found
-
-    def split(self) -> tuple[list, list]:
-        return split_tasks(self.env, self.task_seed, self.tasks, self.train_tasks, self.test_tasks)
+from support.jobs import bar_of, check_cluster, run_jobs
+from support.settings import check_types
+from teachers.ppo import PPOConfig
+from teachers.rollouts import make_part, parts_of
+from teachers.sac import SACConfig
+from teachers.teachers import TrainedTeachers, algorithm, describe, train_teachers
 
 
-_FIXED = ("teacher_seed", "teacher_group", "teacher_device")
-_WHERE = ("folder", "tasks", "workers", "cluster", "teacher_device", "export_minari")
+# ---------------------------------------------------------------------- Algorithm 3, lines 1-6
+def collect(cfg: Collection, quiet: bool = False) -> Path:
+    """D_train and D_train^q: write the dataset folder of `cfg`, or finish a stopped one.
 
-
-def settings_of(cfg: CollectConfig) -> dict:
-    """What fixes the bytes, tasks aside."""
-    found = {k: v for k, v in asdict(cfg).items() if k not in _WHERE}
-    teachers = cfg.teachers()
-    if teachers is None:
-        return {k: v for k, v in found.items() if not k.startswith("teacher_")}
-    return found | {"algorithm": json.loads(json.dumps(asdict(teachers.algorithm())))}
-
-
-def dataset_folder(cfg: CollectConfig) -> Path:
-    """One folder for each setting that changes the bytes; whatever its name does not say is in a hash.
-
-    Raises ValueError for a bad task file and for impossible settings.
-    """
-    name = f"{get_family(cfg.env).name}-{cfg.quality}-{cfg.recipe}"
-    name += f"-e{cfg.episodes}-q{cfg.queries}-t{cfg.task_seed}-s{cfg.seed}"
-    if cfg.tasks or cfg.train_tasks or cfg.test_tasks or cfg.teachers():
-        about = json.dumps([settings_of(cfg), cfg.split()])
-        name += f"-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-    return Path(cfg.folder) / name
-
-
-def check(cfg: CollectConfig) -> None:
-    """Raises ValueError with one line for settings that cannot be, before any work."""
-    if cfg.episodes < 5 or cfg.queries < 1:
-        raise ValueError("--episodes must be at least 5 and --queries at least 1")
-    if cfg.workers < 0:
-        raise ValueError("--workers must not be negative (0: one a core)")
-    if min(cfg.seed, cfg.task_seed, cfg.teacher_seed) < 0:
-        raise ValueError("--seed, --task-seed and --teacher-seed must not be negative")
-    check_cluster(cfg.cluster)
-    if cfg.export_minari and find_spec("minari") is None:
-        raise ValueError("--export-minari needs Minari: pip install 't2mir[minari]'")
-    cfg.teachers()
-    if cfg.teacher_device != "cpu":
-        from support.distributed import resolve_device
-
-        resolve_device(cfg.teacher_device)
-
-
-def collect(cfg: CollectConfig, quiet: bool = False) -> Path:
-    """Write the dataset folder of `cfg`, or finish one that was stopped. Returns the folder.
-
-    Parts that exist are kept as they are if they are whole. Raises ValueError with one line for bad settings, a
-    damaged part, a full disk, or a folder that another process is writing.
+    Parts that exist are kept as they are, if they are whole; meta.json is written last, so that
+    a folder that has one is complete. Returns the folder. Raises ValueError with one line for
+    bad settings, a damaged part, a full disk, or a folder that another process is writing.
     """
     check(cfg)
-    spec, (train, test), folder = get_family(cfg.env), cfg.split(), dataset_folder(cfg)
-    meta = {
-        "format": FORMAT,
-        **settings_of(cfg),
-        "horizon": spec.horizon,
-        "train_tasks": train,
-        "test_tasks": test,
-    }
-    known = [None] * len(train)  # checksums of a dataset that was complete once
-    if (folder / "meta.json").exists():
-        old = read_meta(folder)
-        if any(old.get(key) != value for key, value in meta.items()) or len(
-            old.get("sha256", ())
-        ) != len(train):
-            raise ValueError(
-                f"{folder} holds a dataset of other settings or tasks; use another --folder or remove it"
-            )
-        known = old["sha256"]
-        if all((folder / part_name(i)).exists() for i in range(len(train))):
-            return folder
-    row = spec.state_dim + (1 if spec.discrete_actions else spec.action_dim) + 1
-    need_space(
-        folder,
-        len(train) * cfg.episodes * spec.horizon * row * (4 if spec.state_values is None else 1),
-    )
-    teachers = cfg.teachers()
+    folder, meta = dataset_folder(cfg), describe_dataset(cfg)
+    tasks = range(len(meta["train_tasks"]))
+    paths = [folder / part_name(i) for i in tasks]
+    hashes = known_hashes(folder, meta)
+    if all(hashes) and all(path.exists() for path in paths):
+        return folder  # loading it checks it
+    need_space(folder, disk_space(cfg, meta))  # now rather than after hours of training teachers
 
-    def read(task: int) -> tuple[str, np.ndarray]:
-        """Checksum and returns of a part."""
-        sha256 = known[task] or file_hash(folder / part_name(task))
-        part = load_part(folder, task, {**meta, "sha256": {task: sha256}}, spec)
-        return sha256, part["rewards"].sum(-1)
+    with only_writer(folder):  # two commands at once would mix their parts
+        # what a stopped run has left is checked first: damage shows before the work
+        parts = {i: read_part(folder, i, meta, hashes[i]) for i in tasks if paths[i].exists()}
 
-    with only_writer(folder):
-        done = {
-            i: read(i) for i in range(len(train)) if (folder / part_name(i)).exists()
-        }  # damage shows before work
-        if teachers is None:
-            found = {}
-            make_darkroom(cfg, train, folder, quiet)
+        # lines 1-5: for each task M_i its dataset D_i, and the labelled queries D_i^q
+        trained_by = teacher_algorithm(cfg)
+        if trained_by is None:
+            follow_rule(cfg, meta, paths, quiet)
         else:
-            found = make_from_teachers(cfg, teachers, train, test, folder, quiet)
-        hashes, returns = zip(*(done.get(i) or read(i) for i in range(len(train))), strict=True)
-        if teachers is not None:
-            found["maximum"] = maximum(found, np.array(returns))
-        meta |= found | {"sha256": list(hashes)}
+            meta |= follow_teachers(cfg, meta, paths, quiet)
+
+        # line 6: all of them together, with the checksums of the parts
+        parts |= {i: read_part(folder, i, meta, hashes[i]) for i in tasks if i not in parts}
+        meta["sha256"] = [parts[i][0] for i in tasks]
+        returns = np.array([parts[i][1] for i in tasks])  # (N, E)
+        if trained_by is not None:
+            meta["maximum"] = maximum(meta["reference"]["train"], returns)
         write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
     if not quiet:
-        print(
-            f"{folder}: {len(train)} tasks x {cfg.episodes} episodes, return {np.mean(returns):.1f} on average"
-        )
-        if teachers is not None:
-            best, highest = (100 * np.mean(found[name]) for name in ("best_level", "maximum"))
-            print(
-                f"random 0, Mixed's best 100 %: best checkpoint {best:.0f} %, highest return {highest:.0f} %"
-            )
+        print(summary(folder, meta, returns))
     return folder
 
 
-def make_darkroom(cfg: CollectConfig, train: list, folder: Path, quiet: bool) -> None:
-    """The parts that are missing, by collect_darkroom.py."""
-    pool, rng = None, np.random.default_rng([cfg.seed, 0])
-    if cfg.recipe in collect_darkroom.SHARES:
-        pool = collect_darkroom.explore_pool(train, get_family(cfg.env).horizon, rng)
-    for index, goal in enumerate(
-        progress(train, desc=f"collecting {folder.name}", unit="task", disable=quiet)
-    ):
-        path = folder / part_name(index)
-        if not path.exists():
-            save_arrays(path, collect_darkroom.collect_darkroom_task(cfg, index, goal, pool))
+def follow_rule(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: bool) -> None:
+    """The parts that are missing, played by the family's own rule."""
+    train = meta["train_tasks"]
+    make = get_family(cfg.data.env).collect_task
+    title = f"collecting {paths[0].parent.name}"
+    for i in progress(range(len(train)), desc=title, unit="task", disable=quiet):
+        if not paths[i].exists():
+            save_arrays(paths[i], make(cfg.data, train, i))
 
 
-def make_from_teachers(
-    cfg: CollectConfig, settings: TeacherConfig, train: list, test: list, folder: Path, quiet: bool
-) -> dict:
-    """Train teachers (or find them), then roll out the parts that are missing. Returns what meta.json keeps of them."""
-    workers = cfg.workers or os.cpu_count() or 1
-    place = {"workers": workers, "cluster": cfg.cluster}
-    known = train_teachers(
-        Path(cfg.folder), settings, train + test, device=cfg.teacher_device, quiet=quiet, **place
-    )
+def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: bool) -> dict:
+    """Train the teachers (or find them), then let them play the parts that are missing.
+
+    Returns what meta.json keeps of them.
+    """
+    data, train, test = cfg.data, meta["train_tasks"], meta["test_tasks"]
+    # held-out tasks have teachers too: evaluations compare with their returns
+    work = replace(cfg.work, workers=cfg.work.workers or os.cpu_count() or 1)
+    root = Path(data.datasets)
+    teachers = train_teachers(root, data.env, cfg.teachers, train + test, work, quiet)
     if not quiet:
-        print(describe(known, train + test))
-    names = [folder / part_name(i) for i in range(len(train))]
-    parts = parts_of(
-        known, len(train), cfg.quality, cfg.recipe, cfg.episodes, cfg.queries, cfg.seed, names
-    )
-    missing = [part for part in parts if not Path(part.path).exists()]
-    bar = progress(total=len(parts), initial=len(parts) - len(missing), desc=f"collecting {folder.name}", unit="task",
-                   disable=quiet)  # fmt: skip
-    run_jobs(
-        make_part,
-        missing,
-        watch=lambda: bar.update(len(list(folder.glob("task-*.npz"))) - bar.n),
-        **place,
-    )
-    bar.close()
-    level, tasks = known.level(known.sampled), range(len(train))
-    best = [round(float(level[known.chosen(cfg.quality, i)[0], i].max()), 4) for i in tasks]
+        print(describe(teachers, train + test))
+
+    behaviours = [teachers.behaviour(data.quality, i) for i in range(len(train))]
+    # each part has random streams of its own, so those that a stopped run has left fit the others
+    missing = [
+        part for part in parts_of(data, train, behaviours, paths) if not Path(part.path).exists()
+    ]
+    title = f"collecting {paths[0].parent.name}"
+    with bar_of(lambda: sum(p.exists() for p in paths), len(paths), title, "task", quiet) as watch:
+        run_jobs(make_part, missing, work.workers, work.cluster, watch)
+    level = teachers.level(teachers.sampled)  # (C, N)
+    # of each training task, the level of the best checkpoint that plays
+    best = [level[teachers.chosen(data.quality, i)[0], i].max() for i in range(len(train))]
+    # D.2: medium's best level is "about 50 %" of mixed's; that it is can be read off these
     return {
-        "reference": reference(known, train, test),
-        "behaviour": [part.behaviour for part in parts],
-        "best_level": best,
+        "reference": reference(teachers, len(train)),
+        "behaviour": [behaviour.steps for behaviour in behaviours],
+        "best_level": [round(float(value), 4) for value in best],
     }
 
 
-def reference(known: Teachers, train: list, test: list) -> dict:
-    """For every task the random policy's mean return, the best checkpoint's, and the highest of any episode."""
-    found, first = {}, 0
-    for name, tasks in (("train", train), ("test", test)):
-        rows = slice(first, first + len(tasks))
-        numbers = {"random": known.random, "teacher": known.best, "highest": known.highest}
-        found[name] = {
-            key: values[rows].astype(float).round(3).tolist() for key, values in numbers.items()
-        }
-        first += len(tasks)
-    return found
+# --------------------------------------------------------------- what is there, and how it is named
+def known_hashes(folder: Path, meta: dict) -> list[str | None]:
+    """Checksums of a dataset that was complete once; None for each part of another.
 
-
-def maximum(found: dict, returns: np.ndarray) -> list[float]:
-    """For every task, the highest return in this dataset: 0 the random policy's mean, 1 the highest that any
-    checkpoint had when it was measured. `returns` (N, E).
+    Raises ValueError when the folder holds other settings or tasks.
     """
-    known = found["reference"]["train"]
-    floor, highest = np.array(known["random"]), np.array(known["highest"])
-    return ((returns.max(1) - floor) / np.maximum(highest - floor, 1e-9)).round(4).tolist()
+    count = len(meta["train_tasks"])
+    if not (folder / "meta.json").exists():
+        return [None] * count
+    kept = read_meta(folder)
+    # only what is known before collecting: reference returns and checksums come later
+    other = any(kept.get(name) != value for name, value in meta.items())
+    if other or len(kept.get("sha256", ())) != count:
+        raise ValueError(
+            f"{folder} holds a dataset of other settings or tasks; "
+            "use another --datasets or remove it"
+        )
+    return kept["sha256"]
+
+
+def read_part(folder: Path, task: int, meta: dict, sha256: str | None) -> tuple[str, np.ndarray]:
+    """Checksum and returns (E,) of a part that is there. Raises ValueError if it is damaged."""
+    sha256 = sha256 or file_hash(folder / part_name(task))
+    part = load_part(folder, task, {**meta, "sha256": {task: sha256}}, get_family(meta["env"]))
+    return sha256, part["rewards"].sum(-1)
+
+
+def split_of(cfg: Collection) -> tuple[list, list]:
+    """Training and held-out tasks. Raises ValueError for a bad task file."""
+    data = cfg.data
+    return split_tasks(data.env, data.task_seed, data.tasks, data.train_tasks, data.test_tasks)
+
+
+def settings_of(cfg: Collection) -> dict:
+    """What fixes the bytes, tasks aside."""
+    where = ("tasks", "datasets")  # where things are does not matter
+    # whatever settings Data has: one that is added counts without a line here
+    settings = {name: value for name, value in asdict(cfg.data).items() if name not in where}
+    trained_by = teacher_algorithm(cfg)
+    if trained_by is None:
+        return settings
+    return settings | asdict(cfg.teachers) | {"algorithm": asdict(trained_by)}
+
+
+def describe_dataset(cfg: Collection) -> dict:
+    """What meta.json says before anything is collected."""
+    train, test = split_of(cfg)
+    facts = {"format": FORMAT, **settings_of(cfg), "horizon": get_family(cfg.data.env).horizon}
+    return facts | {"train_tasks": train, "test_tasks": test}
+
+
+def dataset_folder(cfg: Collection) -> Path:
+    """One folder for each setting that changes the bytes; what its name does not say is hashed.
+
+    Raises ValueError for a bad task file and for impossible settings.
+    """
+    data = cfg.data
+    name = f"{get_family(data.env).name}-{data.quality}-{data.recipe}"
+    name += f"-e{data.data_episodes}-q{data.data_queries}-t{data.task_seed}-s{data.data_seed}"
+    if data.tasks or data.train_tasks or data.test_tasks or teacher_algorithm(cfg):
+        # the algorithm too: where Table 2's defaults change in the code, so does the name
+        everything = json.dumps([settings_of(cfg), split_of(cfg)])
+        name += f"-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
+    return Path(data.datasets) / name
+
+
+def disk_space(cfg: Collection, meta: dict) -> int:
+    """Bytes of the parts, roughly: float32, or a byte for each coordinate of a grid."""
+    family = get_family(cfg.data.env)
+    numbers = family.state_dim + (1 if family.discrete_actions else family.action_dim) + 1
+    steps = len(meta["train_tasks"]) * cfg.data.data_episodes * family.horizon
+    return steps * numbers * (4 if family.state_values is None else 1)
+
+
+# ------------------------------------------------------------------------------------- settings
+def teacher_algorithm(cfg: Collection) -> SACConfig | PPOConfig | None:
+    """How the teachers are trained; None where the teacher is a rule.
+
+    Raises ValueError for settings that cannot be, and for settings of a rule.
+    """
+    env = cfg.data.env
+    if get_family(env).teacher != "rule":
+        return algorithm(env, cfg.teachers)
+    if cfg.teachers != Teachers():  # ignored in silence, they would seem to have had an effect
+        raise ValueError(f"{env}'s teacher is a rule: it has no --teacher-... settings")
+    return None
+
+
+def check(cfg: Collection) -> None:
+    """Raises ValueError with one line for settings that cannot be, before any work."""
+    check_types(cfg)  # the bounds in config.py
+    check_cluster(cfg.work.cluster)
+    teacher_algorithm(cfg)
+    resolve_device(cfg.work.teacher_device)
+
+
+# ------------------------------------------------------------------------------ reference returns
+def reference(teachers: TrainedTeachers, train: int) -> dict:
+    """For each of the `train` first tasks, and for each held-out one behind them, three returns.
+
+    The random policy's mean, the best checkpoint's mean, and the highest of any episode.
+    """
+    columns = {"random": teachers.random, "teacher": teachers.best, "highest": teachers.highest}
+    return {
+        split: {
+            name: values[rows].astype(float).round(3).tolist() for name, values in columns.items()
+        }
+        for split, rows in (("train", slice(0, train)), ("test", slice(train, None)))
+    }
+
+
+def maximum(known: dict, returns: np.ndarray) -> list[float]:
+    """For each task, the highest of its returns (N, E) in this dataset.
+
+    0 is the random policy's mean, 1 the highest that any checkpoint had when it was measured.
+    """
+    random, highest = np.array(known["random"]), np.array(known["highest"])
+    span = np.maximum(highest - random, 1e-9)  # teachers that learned nothing: do not divide by 0
+    return ((returns.max(1) - random) / span).round(4).tolist()
+
+
+def summary(folder: Path, meta: dict, returns: np.ndarray) -> str:
+    """What was collected, for the reader of the terminal."""
+    tasks, episodes = returns.shape
+    line = f"{folder}: {tasks} tasks x {episodes} episodes, return {returns.mean():.1f} on average"
+    if "maximum" not in meta:
+        return line
+    best, highest = (100 * np.mean(meta[name]) for name in ("best_level", "maximum"))
+    line += f"\nrandom 0, Mixed's best 100 %: best checkpoint {best:.0f} %, "
+    return line + f"highest return {highest:.0f} %"
+
+
+# ----------------------------------------------------------------------------------- the command
+def main() -> None:
+    """`python collect.py --env ...`; `--help` lists the settings. Raises ValueError."""
+    # here, because worker processes import this file too and read no command line
+    from support.command_line import parse_collection
+
+    torch.set_num_threads(1)  # more change the rounding, and tasks run side by side anyway
+    cfg, export = parse_collection()
+    if export and find_spec("minari") is None:
+        raise ValueError("--export-minari needs Minari: pip install 't2mir[minari]'")
+    folder = collect(cfg)
+    if export:
+        from tools.minari_io import export_minari
+
+        ids = export_minari(folder, Path(export), cfg.data.env)
+        print(f"{export}: {len(ids)} Minari datasets, {ids[0]} first")
 
 
 if __name__ == "__main__":
-    from config import parse_collect  # a preset's settings (config.py imports this file)
+    from support.command_line import one_line
 
-    try:
-        torch.set_num_threads(1)
-        settings = parse_collect()
-        made = collect(settings)
-        if settings.export_minari:
-            from tools.minari_io import export_minari
-
-            ids = export_minari(made, Path(settings.export_minari), settings.env)
-            print(f"{settings.export_minari}: {len(ids)} Minari datasets, {ids[0]} first")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "stopped; the same command continues with the parts that are missing"
-        ) from None
+    one_line(main, "the same command continues with the parts that are missing")

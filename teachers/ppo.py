@@ -1,132 +1,123 @@
-"""ppo.py: the teacher of one Reach or Push task by PPO (paper App. D.2, Table 3).
+"""ppo.py: PPO, the teacher of one task (App. D.2, Table 3: Reach and Push).
 
-in : an environment of one task, settings, seed        out: policies, one per 2048 steps, and a state
-Read after envs.py; stable-baselines3 has the algorithm (MlpPolicy: two tanh layers of 64 each for policy and value).
+in : a Gymnasium environment of one task, settings      out: its policy, every `save_every` steps
+Read after sac.py, before rollouts.py. This is not the paper's method: it makes its data.
 
-    step-0000002048.safetensors   the policy alone, a stack of one: x @ w0 + b0, tanh, ... -> mean; log_std
-    state.safetensors             policy and value network, Adam's moments, step: what training continues from
+The algorithm is stable-baselines3's `PPO("MlpPolicy")`: two tanh layers of 64 units for the
+policy and two for the value. This file says how it is trained piece by piece, and kept:
 
-Training is a sequence of segments: one rollout of `n_steps` and its epochs. Each begins with weights and moments
-alone: the environment is reset and every random stream (torch, numpy, Python, environment, action space) is seeded
-by (seed, number of the segment). A run that continues from its latest state is therefore the uninterrupted one, bit
-for bit, without a pickled environment or generator. The environment must forget everything in `reset(seed=...)`.
+    step-0000002048.safetensors   the policy alone, a stack of one: x @ w0 + b0, tanh, ...
+                                  -> mean action and log_std, or logits of discrete actions
+    state.safetensors             what training continues from: both networks, Adam's moments
 
-Differs from stable-baselines3 (and so, presumably, from the paper): an episode is cut at the end of a rollout,
-bootstrapped by the value of its last state, and not played on in the next one; that is what the segments cost.
+Training is a row of segments: one rollout of `n_steps` and its epochs. Each begins with weights
+and moments alone: the environment is reset, and every random stream (torch, NumPy, Python,
+environment, action space) is seeded by (seed, number of the segment). A run that continues from
+its state is therefore the uninterrupted one, bit for bit, without a pickled environment or
+generator. The environment must forget everything in `reset(seed=...)`.
+
+Differs from stable-baselines3 (and so, presumably, from the paper): an episode is cut at the end
+of a rollout, bootstrapped by the value of its last state, and not played on in the next one;
+that is what the segments cost.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3 import PPO
-from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from support.files import load_tensors, save_tensors
+from support.files import load_optimizer, optimizer_tensors
+from teachers.sac import other_environment, read_state, save_policies, save_state
 
-STATE = "state.safetensors"
-FORMAT = "1"
+if TYPE_CHECKING:  # it takes seconds to import, and only training needs it
+    from stable_baselines3 import PPO
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Table 3; everything else is stable-baselines3's default."""
+    """A row of Table 3; everything else is stable-baselines3's default."""
 
-    steps: int  # of the environment: Reach 400k, Push 1M; rounded up to whole rollouts, as stable-baselines3 does
-    n_steps: int = 2048
+    steps: int  # total_timesteps; rounded up to whole rollouts, as stable-baselines3 does
+    n_steps: int = 2048  # of a rollout
     batch: int = 64
     epochs: int = 10
     lr: float = 3e-4
     gamma: float = 0.99
-    save_every: int = 2048  # rounded up to whole rollouts
+    save_every: int = 2048  # steps between checkpoints; rounded up to whole rollouts
 
 
-def stream(seed: Sequence[int], segment: int) -> int:
+def segment_seed(seed: Sequence[int], segment: int) -> int:
     """The seed of one segment; segment 0 draws the first weights."""
     return int(np.random.SeedSequence([*seed, segment]).generate_state(1)[0])
 
 
 def build(env: gym.Env, cfg: PPOConfig, seed: Sequence[int]) -> PPO:
     """The untrained model."""
-    rest = {
-        "n_steps": cfg.n_steps,
-        "batch_size": cfg.batch,
-        "n_epochs": cfg.epochs,
-        "gamma": cfg.gamma,
-    }
-    model = PPO("MlpPolicy", env, cfg.lr, **rest, seed=stream(seed, 0), device="cpu", verbose=0)
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.logger import Logger
+
+    model = PPO(
+        "MlpPolicy",
+        env,
+        cfg.lr,
+        n_steps=cfg.n_steps,
+        batch_size=cfg.batch,
+        n_epochs=cfg.epochs,
+        gamma=cfg.gamma,
+        seed=segment_seed(seed, 0),
+        device="cpu",
+        verbose=0,
+    )
     model.set_logger(Logger(None, []))  # the default one makes a temporary folder in every learn()
     return model
 
 
+# -------------------------------------------------------------------------------------- on disk
 def save_policy(folder: Path, model: PPO, step: int) -> None:
-    """The policy network as a stack of one; weights (1, in, out), biases and log_std (1, 1, out)."""
-    net = model.policy
-    tensors = {"log_std": net.log_std[None, None]}
-    for i, layer in enumerate(
-        (net.mlp_extractor.policy_net[0], net.mlp_extractor.policy_net[2], net.action_net)
-    ):
-        tensors |= {f"w{i}": layer.weight.T[None], f"b{i}": layer.bias[None, None]}
-    path, about = (
-        folder / f"step-{step:010d}.safetensors",
-        {"t2mir": FORMAT, "kind": "ppo", "step": str(step)},
-    )
-    save_tensors(path, tensors, about)
+    """The policy network as a stack of one: weights (1, in, out), biases and log_std (1, 1, out).
+
+    Its kind is `ppo`; of discrete actions, whose last layer gives their logits, `ppo-discrete`.
+    """
+    saved, tensors = model.policy.state_dict(), {}
+    hidden = "mlp_extractor.policy_net"  # Linear, Tanh, Linear, Tanh
+    for i, layer in enumerate((f"{hidden}.0", f"{hidden}.2", "action_net")):
+        weight, bias = saved[f"{layer}.weight"], saved[f"{layer}.bias"]
+        tensors |= {f"w{i}": weight.T[None], f"b{i}": bias[None, None]}
+    if isinstance(model.action_space, gym.spaces.Discrete):
+        save_policies(folder, step, "ppo-discrete", tensors)
+    else:
+        log_std = {"log_std": saved["log_std"][None, None]}
+        save_policies(folder, step, "ppo", log_std | tensors)
 
 
-def save_state(folder: Path, model: PPO, step: int, settings: dict) -> None:
+def state_tensors(model: PPO) -> dict[str, Tensor]:
+    """Everything that learning changes, by name."""
     tensors = {f"policy.{name}": value for name, value in model.policy.state_dict().items()}
-    for index, moments in model.policy.optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-    about = {
-        "t2mir": FORMAT,
-        "kind": "ppo-state",
-        "step": str(step),
-        "settings": json.dumps(settings),
-    }
-    save_tensors(folder / STATE, tensors, about)
+    return tensors | optimizer_tensors(model.policy.optimizer, "adam")
 
 
-def read_state(path: Path, settings: dict) -> tuple[dict[str, Tensor], int]:
-    """Tensors and step. Raises ValueError with one line for a damaged file and for one of other settings."""
-    again = "delete it to train this task anew"
-    try:
-        tensors, about = load_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {again}") from None
-    if (about.get("t2mir"), about.get("kind")) != (FORMAT, "ppo-state"):
-        raise ValueError(f"{path} is no PPO state of format {FORMAT}: {again}")
-    saved = json.loads(about["settings"])
-    other = ", ".join(name for name in settings if saved.get(name) != settings[name])
-    if other:
-        raise ValueError(f"{path} is of other settings ({other}): {again}")
-    return tensors, int(about["step"])
-
-
-def restore(model: PPO, tensors: dict[str, Tensor], path: Path) -> None:
-    """Weights and moments of `read_state` into the model. Raises ValueError with one line if they do not fit."""
+def restore(model: PPO, tensors: dict[str, Tensor], folder: Path) -> None:
+    """The reverse of `state_tensors`. Raises ValueError with one line if they do not fit."""
     weights = {
-        name.removeprefix("policy."): v for name, v in tensors.items() if name.startswith("policy.")
+        name.removeprefix("policy."): value
+        for name, value in tensors.items()
+        if name.startswith("policy.")
     }
     try:
         model.policy.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError(
-            f"{path} is of another environment: delete it to train this task anew"
-        ) from None
-    adam, keys = model.policy.optimizer, ("step", "exp_avg", "exp_avg_sq")
-    count = len(list(model.policy.parameters()))
-    moments = {i: {key: tensors[f"adam.{i}.{key}"].clone() for key in keys} for i in range(count)}
-    adam.load_state_dict({**adam.state_dict(), "state": moments})
+        load_optimizer(model.policy.optimizer, "adam", tensors)
+    except (RuntimeError, ValueError):  # names, shapes, moments that do not fit
+        raise other_environment(folder) from None
 
 
+# ------------------------------------------------------------------------------------- training
 def train_ppo(
     make_env: Callable[[], gym.Env],
     cfg: PPOConfig,
@@ -134,21 +125,20 @@ def train_ppo(
     folder: Path,
     report: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train one task, or continue from `folder/state.safetensors`; returns at once when all steps are done.
+    """Train one task, or continue from `folder/state.safetensors`; at once if all is done.
 
-    `report(step, mean return of the episodes that ended in the rollout, nan if none)` is called after every
-    rollout; a run that continues repeats the reports since its last state. The caller sets `torch.set_num_threads(1)`:
-    networks this small gain nothing from more, and their number changes the rounding. The global random streams are
-    reseeded. Raises ValueError with one line for a state that is damaged or of other settings.
+    `report(step, mean return of the episodes that ended in the rollout, nan if none)` is called
+    after every rollout; a run that continues repeats the reports since its last state. The caller
+    sets `torch.set_num_threads(1)`: networks this small gain nothing from more, and their number
+    changes the rounding. The global random streams are reseeded. Raises ValueError with one line
+    for a state that is damaged or of other settings.
     """
-    folder, tensors, step = Path(folder), None, 0
+    folder = Path(folder)
     settings = {**asdict(cfg), "seed": [int(number) for number in seed]}
-    total, save_every = (
-        math.ceil(n / cfg.n_steps) * cfg.n_steps for n in (cfg.steps, cfg.save_every)
-    )
-    if (folder / STATE).exists():
-        tensors, step = read_state(folder / STATE, settings)
-    else:  # policies whose state was deleted would mix two runs
+    total = math.ceil(cfg.steps / cfg.n_steps) * cfg.n_steps
+    save_every = math.ceil(cfg.save_every / cfg.n_steps) * cfg.n_steps
+    tensors, step = read_state(folder, "ppo-state", settings)
+    if not tensors:  # policies whose state was deleted would mix two runs
         for path in folder.glob("step-*.safetensors"):
             path.unlink()
     if step >= total:
@@ -157,17 +147,18 @@ def train_ppo(
     try:
         model = build(env, cfg, seed)
         if tensors:
-            restore(model, tensors, folder / STATE)
+            restore(model, tensors, folder)
         while step < total:
-            model.set_random_seed(stream(seed, step // cfg.n_steps + 1))
-            # learn() starts anew: environment, episodes, schedules (all constant). Weights and moments stay
-            model.learn(cfg.n_steps, log_interval=None)
+            model.set_random_seed(segment_seed(seed, step // cfg.n_steps + 1))
+            # learn() starts anew: environment, episodes, schedules (all constant).
+            # Weights and moments stay
+            model.learn(cfg.n_steps)
             step += cfg.n_steps
             if report:
-                returns = [episode["r"] for episode in model.ep_info_buffer]
+                returns = [episode["r"] for episode in model.ep_info_buffer or ()]
                 report(step, float(np.mean(returns)) if returns else math.nan)
             if step % save_every == 0 or step == total:
                 save_policy(folder, model, step)
-                save_state(folder, model, step, settings)
+                save_state(folder, "ppo-state", state_tensors(model), step, settings)
     finally:
         env.close()

@@ -1,18 +1,24 @@
-"""sac.py: soft actor-critic for many tasks at once (paper App. D.2, Table 2), one independent policy for each.
+"""sac.py: soft actor-critic for many tasks at once (App. D.2, Table 2), one policy for each.
 
-in : a batched environment of n tasks          out: checkpoints of n policies, every `save_every` steps
-Read after envs.py, before teachers.py.
+in : a batched environment of n tasks          out: the n policies, every `save_every` steps
+Read after collect.py, which asks for it, and before rollouts.py. This is not the paper's method: it
+makes its data.
 
-The paper trains one policy a task, 50 tasks of up to a million steps: small networks, so a task by itself spends
-its time in overheads. Here the networks of n tasks are stacked, (n, in, out) a layer, and one batched matrix
-product serves all; so do one replay array (n, capacity, ...) and one optimiser. Nothing is shared between tasks:
-a sum of losses over tasks has, for each task's weights, the gradient of its own loss.
+Follows Haarnoja et al. 2018 with a fixed entropy weight (Table 2: "Entropy ratio"), as
+stable-baselines3 does it. An actor plays; two critics judge its actions; slow copies of the
+critics judge what comes next. One update a step after the warm-up. Episodes end by the clock
+alone, so no state is terminal for the critics. A test compares updates with
+stable-baselines3's, number by number.
 
-Follows Haarnoja et al. 2018 with a fixed entropy weight (Table 2 "entropy ratio") as stable-baselines3 does it:
-two critics and their slow copies, one update a step after the warm-up, episodes that end by the clock alone and
-so are never terminal for the critics. A test compares an update with stable-baselines3's, number by number.
+The paper trains one policy a task: 50 tasks of up to a million steps. Such small networks
+spend their time in overheads. Here the networks of n tasks are stacked, (n, in, out) a layer,
+and one batched matrix product serves all of them; so do one replay and one optimiser. Nothing
+is shared between tasks: in a sum of losses over tasks, the weights of a task have the gradient
+of its own loss.
 
-Shape legend: n tasks, B rows of a replay sample, ds/da state and action numbers, H hidden units.
+Symbols: s, a, r, s2 = state, action, reward, next state; alpha = entropy ratio, gamma =
+discount factor, tau = soft update (all Table 2).
+Shapes: n tasks, B rows of a replay sample, ds/da numbers of a state/an action.
 """
 
 from __future__ import annotations
@@ -29,57 +35,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.files import load_tensors, save_tensors
+from support.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
-STATE = "state.safetensors"
-FORMAT = "1"
+STATE = "state.safetensors"  # what training continues from; deleted once the policies are measured
+FORMAT = "1"  # of the files of policies and states
+WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")  # a policy's, by their names in a file
 
 
 @dataclass(frozen=True)
 class SACConfig:
-    """Table 2; `hidden`, `batch` and `replay` are the official configuration's."""
+    """A row of Table 2; `hidden`, `batch` and `replay` are the official configuration's."""
 
-    steps: int  # of the environment, and updates but for the warm-up
-    warmup: int  # first steps: random actions, no updates
+    steps: int  # of the environment
+    warmup: int  # the first of them: random actions, no updates
     save_every: int  # steps between checkpoints, whole episodes
     lr: float = 3e-4
-    tau: float = 0.005  # soft update
+    tau: float = 0.005
     gamma: float = 0.99
-    alpha: float = 0.2  # entropy ratio
+    alpha: float = 0.2
     hidden: int = 128
     batch: int = 256
     replay: int = 100_000
 
 
-# ------------------------------------------------------------------------------------------ networks
+def two_seeds(*numbers: int) -> tuple[int, int]:
+    """Seeds of two independent random streams (NumPy's and torch's) that `numbers` name."""
+    # SeedSequence mixes: neighbouring numbers (task 3, task 4) give streams that share nothing
+    first, second = np.random.SeedSequence(numbers).generate_state(2)
+    return int(first), int(second)
+
+
+# ------------------------------------------------------------------------------------ networks
 def init_mlp(n: int, sizes: Sequence[int], rng: torch.Generator) -> list[Tensor]:
-    """Weights (n, in, out) and biases (n, 1, out) in turn, drawn as torch.nn.Linear draws them."""
+    """Weights (n, in, out) and biases (n, 1, out) in turn, drawn as torch.nn.Linear does."""
     weights = []
     for fan_in, fan_out in pairwise(sizes):
         for shape in ((n, fan_in, fan_out), (n, 1, fan_out)):
             draw = torch.rand(shape, generator=rng, device=rng.device)
-            weights.append((2 * draw - 1) * fan_in**-0.5)
+            weights.append((2 * draw - 1) * fan_in**-0.5)  # uniform within 1 / sqrt(inputs)
     return weights
 
 
 def mlp(
     weights: Sequence[Tensor], x: Tensor, activation: Callable[[Tensor], Tensor] = torch.relu
 ) -> Tensor:
-    """n networks on n inputs: (n, B, in) -> (n, B, out)."""
+    """n networks on n inputs: (n, B, in) -> (n, B, out). The last layer is linear."""
     last = len(weights) // 2 - 1
     for i in range(last + 1):
-        x = torch.baddbmm(weights[2 * i + 1], x, weights[2 * i])
+        x = torch.baddbmm(weights[2 * i + 1], x, weights[2 * i])  # b + x W, one for each of the n
         if i < last:
             x = activation(x)
     return x
 
 
 def squashed(out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Action tanh(mean + std * noise) and its log density, from the actor's output (..., 2 da)."""
+    """Actions (..., da) in (-1, 1) and their log density (...).
+
+    `out` (..., 2 da) is the actor's output, `noise` (..., da) is standard normal: given it, the
+    action is a function of the weights, and gradients flow through it ("reparametrisation").
+    """
     mean, log_std = out.chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)
+    log_std = log_std.clamp(-20, 2)  # the usual limits: neither no noise nor nothing else
+    # u ~ Normal(mean, std), then a = tanh(u): bounded, as the environment wants it
     action = torch.tanh(mean + log_std.exp() * noise)
+    # log density of u: the normal distribution's, written with noise = (u - mean) / std
     gauss = (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+    # change of variables: tanh has slope 1 - a^2, and density is divided by it; 1e-6 keeps the
+    # logarithm finite where the action touches its bound
     return action, gauss - torch.log1p(1e-6 - action**2).sum(-1)
 
 
@@ -89,14 +111,12 @@ class StackedSAC:
     def __init__(self, n: int, ds: int, da: int, cfg: SACConfig, seed: int, device="cpu"):
         self.n, self.da, self.cfg = n, da, cfg
         rng = torch.Generator(device).manual_seed(seed)
-        self.actor = [
-            w.requires_grad_() for w in init_mlp(n, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)
-        ]
-        # both critics in one stack: the first of every task, then the second
-        self.critic = [
-            w.requires_grad_() for w in init_mlp(2 * n, (ds + da, cfg.hidden, cfg.hidden, 1), rng)
-        ]
-        self.target = [w.detach().clone() for w in self.critic]
+        self.actor = init_mlp(n, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)
+        # both critics in one stack: the first of every task, then the second of every task
+        self.critic = init_mlp(2 * n, (ds + da, cfg.hidden, cfg.hidden, 1), rng)
+        self.target = [weight.clone() for weight in self.critic]  # their slow copies
+        for weight in (*self.actor, *self.critic):
+            weight.requires_grad_()
         self.actor_optimizer = torch.optim.Adam(self.actor, cfg.lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic, cfg.lr, fused=True)
 
@@ -104,66 +124,75 @@ class StackedSAC:
     def act(self, states: Tensor, rng: torch.Generator) -> Tensor:
         """Sampled actions (n, da) for states (n, ds)."""
         noise = torch.randn(self.n, 1, self.da, generator=rng, device=states.device)
+        # the middle axis is the batch of the stacked networks: one state each
         return squashed(mlp(self.actor, states[:, None]), noise)[0][:, 0]
 
     def q(self, weights: Sequence[Tensor], states: Tensor, actions: Tensor) -> Tensor:
-        """Both critics: (2, n, B)."""
+        """What two critics expect of actions (n, B, da) in states (n, B, ds): (2, n, B)."""
         x = torch.cat([states, actions], -1)
+        # (2n, B, ds + da): the first critics of all tasks, then the second ones, read the same
         return mlp(weights, torch.cat([x, x])).view(2, self.n, -1)
 
     def update(
         self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One step of both critics, the actor and the slow copies on samples (n, B, ...); `noise` (2, n, B, da) is
-        standard normal, for the next states and for these. Returns the critics' and the actor's loss (n,).
+        """One step of the critics, the actor and the slow copies on samples (n, B, ...).
+
+        `noise` (2, n, B, da) is standard normal: for actions in the next states, then in these.
+        Returns the critics' and the actor's loss, (n,) each.
         """
         cfg = self.cfg
         with torch.no_grad():
-            next_action, log_density = squashed(mlp(self.actor, s2), noise[0])
-            value = self.q(self.target, s2, next_action).amin(0) - cfg.alpha * log_density
-            goal = r + cfg.gamma * value
-        critic_loss = 0.5 * F.mse_loss(
-            self.q(self.critic, s, a), goal.expand(2, -1, -1), reduction="none"
-        ).mean(2)
+            # the next action is drawn anew: what today's policy would do, not what was done
+            next_action, next_log_density = squashed(mlp(self.actor, s2), noise[0])
+            # soft value of the next state = the slow critics' judgement plus the entropy's
+            # reward, -alpha log pi; of two critics the lower one, because errors upwards spread
+            next_value = self.q(self.target, s2, next_action).amin(0)
+            next_value = next_value - cfg.alpha * next_log_density
+            # Bellman: what an action is worth is its reward and, discounted, what follows.
+            # There is no "1 - done": the clock that ends an episode is not part of the task
+            goal = r + cfg.gamma * next_value
+
+        # the critics' loss: half the mean squared distance to that goal
+        error = F.mse_loss(self.q(self.critic, s, a), goal.expand(2, -1, -1), reduction="none")
+        critic_loss = 0.5 * error.mean(2)  # (2, n)
         self._step(self.critic_optimizer, self.critic, critic_loss.sum())
+
+        # the actor's loss: alpha log pi(a|s) - Q(s, a) of an action of its own. Its gradient
+        # flows through the critics into the action, and leaves the critics as they are
         action, log_density = squashed(mlp(self.actor, s), noise[1])
-        frozen = [
-            w.detach() for w in self.critic
-        ]  # gradients flow through the critics to the action alone
-        actor_loss = (cfg.alpha * log_density - self.q(frozen, s, action).amin(0)).mean(1)
+        frozen = [weight.detach() for weight in self.critic]
+        value = self.q(frozen, s, action).amin(0)
+        actor_loss = (cfg.alpha * log_density - value).mean(1)  # (n,)
         self._step(self.actor_optimizer, self.actor, actor_loss.sum())
+
+        # soft update: target <- (1 - tau) target + tau critic
         torch._foreach_lerp_(self.target, frozen, cfg.tau)
         return critic_loss.detach().sum(0), actor_loss.detach()
 
     @staticmethod
     def _step(optimizer: torch.optim.Adam, weights: list[Tensor], loss: Tensor) -> None:
+        """One step down the gradient of these weights alone."""
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = gradient
         optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that learning changes, by name (no copies)."""
-        found = {}
+        tensors = {}
         for name in ("actor", "critic", "target"):
-            found |= {f"{name}.{i}": w for i, w in enumerate(getattr(self, name))}
-        for name, optimizer in (("actor", self.actor_optimizer), ("critic", self.critic_optimizer)):
-            for i, moments in optimizer.state_dict()["state"].items():
-                found |= {f"adam.{name}.{i}.{key}": value for key, value in moments.items()}
-        return found
+            tensors |= {f"{name}.{i}": weight for i, weight in enumerate(getattr(self, name))}
+        tensors |= optimizer_tensors(self.actor_optimizer, "adam.actor")
+        return tensors | optimizer_tensors(self.critic_optimizer, "adam.critic")
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of `tensors`."""
+        """The reverse of `tensors`. KeyError, RuntimeError, ValueError: they do not fit."""
         with torch.no_grad():
             for name in ("actor", "critic", "target"):
                 for i, weight in enumerate(getattr(self, name)):
                     weight.copy_(tensors[f"{name}.{i}"])
-        for name, optimizer in (("actor", self.actor_optimizer), ("critic", self.critic_optimizer)):
-            keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
-            state: dict[int, dict[str, Tensor]] = {}
-            for key in keys:
-                _, _, index, moment = key.split(".")
-                state.setdefault(int(index), {})[moment] = tensors[key].clone()
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        load_optimizer(self.actor_optimizer, "adam.actor", tensors)
+        load_optimizer(self.critic_optimizer, "adam.critic", tensors)
 
 
 class Replay:
@@ -172,67 +201,108 @@ class Replay:
     def __init__(self, n: int, capacity: int, ds: int, da: int, device="cpu"):
         shapes = {"states": (ds,), "actions": (da,), "rewards": (), "following": (ds,)}
         self.arrays = {
-            k: torch.zeros(n, capacity, *shape, device=device) for k, shape in shapes.items()
+            name: torch.zeros(n, capacity, *shape, device=device) for name, shape in shapes.items()
         }
-        self.capacity, self.seen = capacity, 0
-        self.row = torch.arange(n, device=device)[:, None]
+        self.capacity = capacity
+        self.seen = 0  # transitions of each task so far, those that were overwritten too
+        self.task = torch.arange(n, device=device)[:, None]  # (n, 1): picks rows beside an index
+
+    @property
+    def filled(self) -> int:
+        """How many of its places hold a transition."""
+        return min(self.seen, self.capacity)
 
     def add(self, *step: Tensor) -> None:
         """states (n, ds), actions (n, da), rewards (n,), next states (n, ds)"""
         for array, values in zip(self.arrays.values(), step, strict=True):
-            array[:, self.seen % self.capacity] = values
+            array[:, self.seen % self.capacity] = values  # the oldest gives way
         self.seen += 1
 
-    def sample(self, batch: int, rng: torch.Generator) -> list[Tensor]:
-        """`batch` transitions of each task, with replacement: (n, batch, ...) each."""
-        size = (len(self.row), batch)
-        index = torch.randint(
-            min(self.seen, self.capacity), size, generator=rng, device=self.row.device
-        )
-        return [array[self.row, index] for array in self.arrays.values()]
+    def sample(self, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`batch` transitions of each task, with replacement: s, a, r, s2, (n, batch, ...) each."""
+        size = (len(self.task), batch)
+        index = torch.randint(self.filled, size, generator=rng, device=self.task.device)
+        s, a, r, s2 = (array[self.task, index] for array in self.arrays.values())
+        return s, a, r, s2
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by name (no copies)."""
+        return {f"replay.{name}": array[:, : self.filled] for name, array in self.arrays.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of `tensors`, but for `seen`. KeyError, RuntimeError: they do not fit."""
+        for name, array in self.arrays.items():
+            saved = tensors[f"replay.{name}"]
+            array[:, : saved.shape[1]] = saved
 
 
-# ------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------- on disk
 def policy_file(folder: Path, step: int) -> Path:
     return folder / f"step-{step:010d}.safetensors"
 
 
 def save_policies(folder: Path, step: int, kind: str, weights: dict[str, Tensor]) -> None:
-    """The policies alone, stacked over tasks (teachers.py: `Policies`)."""
-    save_tensors(
-        policy_file(folder, step), weights, {"t2mir": FORMAT, "kind": kind, "step": str(step)}
-    )
+    """The policies alone, stacked over tasks; `kind` says how they act (rollouts.Policies)."""
+    header = {"t2mir": FORMAT, "kind": kind, "step": str(step)}
+    save_tensors(policy_file(folder, step), weights, header)
 
 
-def save_state(folder: Path, agents: StackedSAC, replay: Replay, settings: str) -> None:
-    filled = min(replay.seen, replay.capacity)
-    tensors = agents.tensors() | {f"replay.{k}": v[:, :filled] for k, v in replay.arrays.items()}
-    about = {"t2mir": FORMAT, "kind": "sac-state", "step": str(replay.seen), "settings": settings}
-    save_tensors(folder / STATE, tensors, about)
+def save_state(
+    folder: Path, kind: str, tensors: dict[str, Tensor], step: int, settings: dict
+) -> None:
+    """Everything that training continues from; of SAC's, the replay is most."""
+    header = {"t2mir": FORMAT, "kind": kind, "step": str(step), "settings": json.dumps(settings)}
+    save_tensors(folder / STATE, tensors, header)
 
 
-def load_state(folder: Path, agents: StackedSAC, replay: Replay, settings: str) -> int:
-    """Continue from state.safetensors: the step it was written at, 0 without one. Raises ValueError with one line
-    for a damaged file or one of other settings or of another environment.
+def read_state(folder: Path, kind: str, settings: dict) -> tuple[dict[str, Tensor], int]:
+    """Tensors and step of state.safetensors; none and 0 if there is no such file.
+
+    Raises ValueError with one line for a damaged or foreign file and for other settings.
     """
     path, again = folder / STATE, f"delete {folder} to train its tasks anew"
     if not path.exists():
-        return 0
+        return {}, 0
     try:
-        tensors, about = load_tensors(path)
+        tensors, header = load_tensors(path)
     except ValueError as error:
         raise ValueError(f"{error}: {again}") from None
-    if about.get("kind") != "sac-state" or about.get("settings") != settings:
-        raise ValueError(f"{path} is of other settings: {again}")
-    try:
-        agents.load(tensors)
-        for name, array in replay.arrays.items():
-            saved = tensors[f"replay.{name}"]
-            array[:, : saved.shape[1]] = saved
-    except (KeyError, RuntimeError):
-        raise ValueError(f"{path} is of another environment: {again}") from None
-    replay.seen = int(about["step"])
-    return replay.seen
+    if (header.get("t2mir"), header.get("kind")) != (FORMAT, kind):
+        raise ValueError(f"{path} is no {kind} of format {FORMAT}: {again}")
+    saved = json.loads(header["settings"])
+    other = ", ".join(name for name in settings if saved.get(name) != settings[name])
+    if other:
+        raise ValueError(f"{path} is of other settings ({other}): {again}")
+    return tensors, int(header["step"])
+
+
+def other_environment(folder: Path) -> ValueError:
+    """What to raise when the tensors of a state do not fit."""
+    path = folder / STATE
+    return ValueError(f"{path} is of another environment: delete {folder} to train its tasks anew")
+
+
+# ------------------------------------------------------------------------------------ training
+def play_and_learn(batch, agents: StackedSAC, replay: Replay, rng: torch.Generator) -> float:
+    """One episode of all n tasks, an update after each step; the mean return of the n."""
+    cfg, device = agents.cfg, replay.task.device
+    states = torch.from_numpy(batch.reset()).to(device)
+    total = torch.zeros(agents.n, device=device)
+    for _ in range(batch.family.horizon):
+        if replay.seen < cfg.warmup:  # look around first: uniform in [-1, 1]
+            actions = 2 * torch.rand(agents.n, agents.da, generator=rng, device=device) - 1
+        else:
+            actions = agents.act(states, rng)
+        step = batch.step(actions.cpu().numpy())
+        following, rewards = (torch.from_numpy(array).to(device) for array in step)
+        replay.add(states, actions, rewards, following)
+        states = following
+        total += rewards
+        if replay.seen > cfg.warmup:
+            size = (2, agents.n, cfg.batch, agents.da)
+            noise = torch.randn(size, generator=rng, device=device)
+            agents.update(*replay.sample(cfg.batch, rng), noise)
+    return float(total.mean())
 
 
 def train_sac(
@@ -246,56 +316,44 @@ def train_sac(
 ) -> None:
     """Train one policy for each row of a batched environment; checkpoints go to `folder`.
 
-    Training is a row of segments of `save_every` steps, each with random streams of its own that depend on `seed`
-    and its number alone. state.safetensors is written between segments, at least `keep_seconds` apart, so that a
-    run that continues from it is the uninterrupted one bit for bit. `report` is called after each episode with the
-    mean return of the n. Raises ValueError for settings that cannot be and for a damaged state.
+    Training is a row of segments of `save_every` steps. Each has random streams of its own,
+    which depend on `seed` and on its number alone. state.safetensors is written between
+    segments, at least `keep_seconds` apart, so that a run that continues from it is the
+    uninterrupted one bit for bit. `report(step, mean return of the n)` is called after each
+    episode. Raises ValueError for settings that cannot be and for a damaged state.
     """
-    spec, n = batch.spec, len(batch.reset())
+    spec, n = batch.family, len(batch.reset())
+    # a checkpoint must fall between two episodes, where nothing of an environment has to be kept
     if cfg.save_every % spec.horizon or cfg.steps % cfg.save_every:
         raise ValueError(
-            f"{cfg.steps} steps of SAC, a checkpoint every {cfg.save_every}: the latter must be whole episodes of "
-            f"{spec.horizon} steps and divide the former"
+            f"{cfg.steps} steps of SAC, a checkpoint every {cfg.save_every}: the latter must be "
+            f"whole episodes of {spec.horizon} steps and divide the former"
         )
-    settings = json.dumps({**asdict(cfg), "seed": list(seed), "n": n})
-    agents = StackedSAC(n, spec.state_dim, spec.action_dim, cfg, _seed(*seed, 0)[0], device)
+    settings = {**asdict(cfg), "seed": list(seed), "n": n}
+    first_weights, _ = two_seeds(*seed, 0)
+    agents = StackedSAC(n, spec.state_dim, spec.action_dim, cfg, first_weights, device)
+    # no more places than steps: they would only take memory
     replay = Replay(n, min(cfg.replay, cfg.steps), spec.state_dim, spec.action_dim, device)
-    step, written = load_state(folder, agents, replay, settings), time.monotonic()
-    rng = torch.Generator(device)
-    while step < cfg.steps:
-        environment, everything = _seed(*seed, 1 + step // cfg.save_every)
-        batch.rng = np.random.default_rng(environment)
-        rng.manual_seed(everything)
+    tensors, replay.seen = read_state(folder, "sac-state", settings)
+    if tensors:
+        try:
+            agents.load(tensors)
+            replay.load(tensors)
+        except (KeyError, RuntimeError, ValueError):  # names, shapes, moments that do not fit
+            raise other_environment(folder) from None
+    rng, written = torch.Generator(device), time.monotonic()
+    while replay.seen < cfg.steps:
+        # one segment. Its streams are named by its number (1, 2, ...; 0 drew the weights), so that
+        # no stream's state has to be saved
+        starts, actions_and_samples = two_seeds(*seed, 1 + replay.seen // cfg.save_every)
+        batch.rng = np.random.default_rng(starts)
+        rng.manual_seed(actions_and_samples)
         for _ in range(cfg.save_every // spec.horizon):
-            states, total = torch.from_numpy(batch.reset()).to(device), 0.0
-            for _ in range(spec.horizon):
-                if step < cfg.warmup:
-                    actions = 2 * torch.rand(n, spec.action_dim, generator=rng, device=device) - 1
-                else:
-                    actions = agents.act(states, rng)
-                following, rewards = (
-                    torch.from_numpy(x).to(device) for x in batch.step(actions.cpu().numpy())
-                )
-                replay.add(states, actions, rewards, following)
-                states, total, step = following, total + rewards, step + 1
-                if step > cfg.warmup:
-                    noise = torch.randn(
-                        2, n, cfg.batch, spec.action_dim, generator=rng, device=device
-                    )
-                    s, a, r, s2 = replay.sample(cfg.batch, rng)
-                    agents.update(s, a, r, s2, noise)
-            report(step, float(total.mean()))
-        weights = {
-            f"{kind}{i // 2}": w
-            for i, (kind, w) in enumerate(zip("wb" * 3, agents.actor, strict=True))
-        }
-        save_policies(folder, step, "sac", weights)
-        if time.monotonic() - written > keep_seconds or step == cfg.steps:
-            save_state(folder, agents, replay, settings)
+            mean_return = play_and_learn(batch, agents, replay, rng)
+            report(replay.seen, mean_return)
+        save_policies(folder, replay.seen, "sac", dict(zip(WEIGHTS, agents.actor, strict=True)))
+        # the policies are small, the state is not: of a replay of 100,000 steps it is megabytes
+        if time.monotonic() - written > keep_seconds or replay.seen == cfg.steps:
+            tensors = agents.tensors() | replay.tensors()
+            save_state(folder, "sac-state", tensors, replay.seen, settings)
             written = time.monotonic()
-
-
-def _seed(*numbers: int) -> tuple[int, int]:
-    """Two seeds of independent streams."""
-    first, second = np.random.SeedSequence(numbers).generate_state(2)
-    return int(first), int(second)

@@ -1,27 +1,26 @@
-"""teachers.py: one policy a task, trained, measured and rolled out (paper App. D.2, Tables 2 and 3).
+"""teachers.py: one policy a task, trained and measured (App. D.2, Tables 2 and 3).
 
-in : tasks, an `TeacherConfig`           out: checkpoints, their levels, and the arrays of one task of a dataset
-Read after sac.py and ppo.py, before collect.py.
+in : tasks, settings (config.Teachers)          out: checkpoints, and which of them make what
+Read after sac.py, ppo.py and rollouts.py, before collect.py.
 
-    teachers/<name>/group-000/step-0000000020.safetensors   the policies of a group of tasks, stacked
-                             levels.npz                     the return of every checkpoint, measured
-                             state.safetensors              what training continues from, until it is done
+    teachers/<name>/group-000/step-0000000020.safetensors   policies of a group of tasks, stacked
+                              levels.npz                    the measured return of each checkpoint
+                              state.safetensors             training continues from it; then it goes
 
-The *level* of a checkpoint is its share of the way from the random policy's mean return (0) to the best
-checkpoint's of that task (1); with negative returns a plain percentage would mean nothing. App. D.2's qualities:
+The *level* of a checkpoint is its share of the way from the random policy's mean return (0) to the
+return of the task's best checkpoint (1). With negative returns, a plain percentage of the final
+return would mean nothing. App. D.2's qualities are made by these checkpoints:
 
-    mixed           all checkpoints
-    medium-expert   those below 0.8        every dataset holds the same number of episodes of each of its
-    medium          those below 0.5        checkpoints (but for one, where the numbers do not divide)
+    mixed           all                 Each plays the same number of episodes of its task (but for
+    medium-expert   those below 0.8     one, where the numbers do not divide). The best of them
+    medium          those below 0.5     labels the queries ("100%, 80% and 50% performance").
 
-Two departures (Sec. 3.1 allows "arbitrary behaviour policies"): a prompt by the task's own policies gives the task
-away through its actions, which a policy's own first episode never does; only rewards tell when behaviour does not
-know the task. With `--recipe explore` other tasks' checkpoints play three quarters of a task's episodes, which helps
-DPT; with `--recipe wander` half of them are random actions, which helps AD: it imitates all it reads, and nothing can
-be imitated there. Queries are states of the task's own episodes.
-Behaviour is sampled from the policies; the labels of DPT's queries are the *mean* actions of the best checkpoint
-that the quality has (100, 80, 50 %). Reach and Push label with the behaviour's own actions (App. D.2).
-Differs from the paper: "final achieved level" is that of the best checkpoint, because SAC's last is often not.
+Behaviour samples its actions, so its levels are those of sampled actions; labels are the best
+actions, so theirs are those of mean ones.
+Differs from the paper: "final achieved level" is that of the best checkpoint, not of the last,
+because SAC's last is often not its best.
+
+Shapes: N tasks, C checkpoints, n tasks of a group, k episodes that measure a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,281 +28,211 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from config import Teachers, Work
 from envs import get_family, make_batch, make_env, optimal_returns, random_returns
-from support.files import load_tensors, need_space, only_writer, progress, save_arrays
-from support.jobs import run_jobs
+from support.files import need_space, only_writer, save_arrays
+from support.jobs import bar_of, run_jobs
 from teachers.ppo import PPOConfig, train_ppo
-from teachers.sac import STATE, SACConfig, mlp, policy_file, squashed, train_sac
+from teachers.rollouts import Behaviour, load_policies, rollout
+from teachers.sac import STATE, SACConfig, policy_file, train_sac
 
-# Tables 2 and 3; hidden units and replay of the official configuration
+# fmt: off
 PAPER = {
-    "point-robot": SACConfig(2000, 100, 20, hidden=256, replay=2000),
-    "cheetah-vel": SACConfig(250_000, 2000, 10_000, replay=10_000),
-    "cheetah-vel-3cluster": SACConfig(400_000, 2000, 10_000),
-    "walker-param": SACConfig(1_000_000, 2000, 10_000),
-    "reach": PPOConfig(400_000),
-    "push": PPOConfig(1_000_000),
+    # Table 2. The same in all: learning rate 3e-4, soft update 0.005, discount factor 0.99,
+    # entropy ratio 0.2. `hidden` and `replay` are the official configuration's.
+    #                                 Training steps    Warmup steps   Save frequency
+    "point-robot":          SACConfig(steps=2_000,      warmup=100,    save_every=20,
+                                      hidden=256, replay=2_000),
+    "cheetah-vel":          SACConfig(steps=250_000,    warmup=2_000,  save_every=10_000,
+                                      replay=10_000),
+    "cheetah-vel-3cluster": SACConfig(steps=400_000,    warmup=2_000,  save_every=10_000),
+    "walker-param":         SACConfig(steps=1_000_000,  warmup=2_000,  save_every=10_000),
+    # Table 3. The same in both: learning rate 3e-4, gamma 0.99. Saved after every rollout.
+    #                                 total_timesteps   n_steps        batch_size  n_epochs
+    "reach":                PPOConfig(steps=400_000,    n_steps=2048,  batch=64,   epochs=10),
+    "push":                 PPOConfig(steps=1_000_000,  n_steps=2048,  batch=64,   epochs=10),
 }
-LEVEL = {"mixed": np.inf, "medium-expert": 0.8, "medium": 0.5}
+# fmt: on
+LEVEL = {"mixed": np.inf, "medium-expert": 0.8, "medium": 0.5}  # behaviour stays below it
+LEVEL_EPISODES = 5  # k, of each task, to measure a checkpoint
 
 
-@dataclass(frozen=True)
-class TeacherConfig:
-    """What fixes the teachers of a family; 0: the paper's (Tables 2, 3)."""
+# ------------------------------------------------------------------------------------ settings
+def default_algorithm(env: str) -> SACConfig | PPOConfig:
+    """A family's row of Table 2 or 3; for a family of the user's, a small one of 40 checkpoints.
 
-    env: str
-    steps: int = 0
-    save_every: int = 0
-    warmup: int = 0
-    hidden: int = 0
-    batch: int = 0
-    lr: float = 0.0
-    alpha: float = 0.0
-    seed: int = 0
-    group: int = 10  # tasks trained in one stack (SAC); part of what fixes the bytes
-    level_episodes: int = 5  # to measure a checkpoint
-
-    def algorithm(self) -> SACConfig | PPOConfig:
-        """Raises ValueError for a setting that the family's algorithm does not have or that cannot be."""
-        given = {
-            k: getattr(self, k)
-            for k in ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")
-        }
-        given = {k: v for k, v in given.items() if v}
-        if not all(v > 0 for v in (self.group, self.level_episodes, *given.values())):
-            raise ValueError("settings of teachers must be positive (0: the paper's)")
-        base, horizon = PAPER.get(self.env), get_family(self.env).horizon
-        if base is None:  # a family of the user's
-            base = SACConfig(
-                200 * horizon, 5 * horizon, 5 * horizon, hidden=64, replay=200 * horizon
-            )
-        foreign = [k for k in given if not hasattr(base, k)]
-        if foreign:
-            raise ValueError(
-                f"{self.env}'s teachers are trained by PPO, which has no --teacher-{foreign[0]}"
-            )
-        if isinstance(base, SACConfig) and base.replay == base.steps:
-            given["replay"] = given.get("steps", base.steps)  # Point-Robot's replay holds all
-        found = replace(base, **given)
-        if isinstance(found, SACConfig) and (
-            found.save_every % horizon or found.steps % found.save_every
-        ):
-            raise ValueError(
-                f"--teacher-save-every {found.save_every} must be whole episodes of {horizon} steps and divide "
-                f"--teacher-steps {found.steps}"
-            )
-        return found
-
-
-# ------------------------------------------------------------------------------------------ policies
-@dataclass
-class Policies:
-    """M stacked policies: tanh-squashed Gaussians of relu networks (SAC) or clipped ones of tanh networks (PPO)."""
-
-    kind: str
-    weights: list[Tensor]  # w0, b0, w1, b1, w2, b2: (M, in, out), (M, 1, out)
-    log_std: Tensor | None = None  # (M, 1, da), PPO
-
-    def act(self, states: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Actions (M, B, da) in [-1, 1] for states (M, B, ds): the mean ones, or sampled with `rng`."""
-        if self.kind == "sac":
-            out = mlp(self.weights, states)
-            noise = torch.zeros_like(out.chunk(2, -1)[0])
-            return squashed(out, noise if rng is None else noise.normal_(generator=rng))[0]
-        mean = mlp(self.weights, states, torch.tanh)
-        if rng is not None:
-            mean = mean + self.log_std.exp() * torch.randn(mean.shape, generator=rng)
-        return mean.clamp(-1, 1)
-
-
-def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(None)) -> Policies:
-    """The policies of some checkpoints of a group, one behind the other: M = len(steps) x rows.
-
-    Raises ValueError with one line that names a missing or damaged file.
+    Raises ValueError for a grid that SAC should learn: its networks read numbers.
     """
-    parts, kind = [], ""
-    rows = slice(row, row + 1) if isinstance(row, int) else row
-    for step in steps:
-        path = policy_file(folder, step)
-        try:
-            tensors, about = load_tensors(path)
-            kind = about.get("kind")
-            if kind not in ("sac", "ppo"):
-                raise ValueError(f"{path} holds no policies")
-        except ValueError as error:
-            raise ValueError(f"{error}: delete {folder} to train its tasks anew") from None
-        parts.append({name: tensor[rows] for name, tensor in tensors.items()})
-    stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Policies(
-        kind, [stacked[f"{k}{i}"] for i in range(3) for k in "wb"], stacked.get("log_std")
-    )
+    if env in PAPER:
+        return PAPER[env]
+    family = get_family(env)
+    horizon = family.horizon
+    if family.teacher == "ppo":  # 400 episodes, 10 a rollout, 5 minibatches
+        rollout_steps = 10 * horizon
+        return PPOConfig(
+            40 * rollout_steps, rollout_steps, batch=2 * horizon, save_every=rollout_steps
+        )
+    if family.state_values:
+        raise ValueError(f"{env}: SAC needs continuous states; a grid's teacher can be ppo")
+    steps = 200 * horizon  # 200 episodes, a checkpoint after every 5
+    return SACConfig(steps, 5 * horizon, 5 * horizon, hidden=64, replay=steps)
 
 
-def join(several: Sequence[Policies]) -> Policies:
-    """Stacks behind one another."""
-    weights = [torch.cat(layer) for layer in zip(*(p.weights for p in several), strict=True)]
-    log_std = None if several[0].log_std is None else torch.cat([p.log_std for p in several])
-    return Policies(several[0].kind, weights, log_std)
+def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
+    """How a family's teachers are trained: Tables 2 and 3, but for what the settings say.
 
-
-@torch.inference_mode()
-def rollout(
-    policies: Policies | None,
-    env: str,
-    tasks: list,
-    episodes: int,
-    seed: Sequence[int],
-    sampled: bool,
-) -> dict:
-    """`episodes` episodes of each of M policies on its own task, all at once; None: uniformly random actions.
-
-    states (M, episodes, T, ds), actions (M, episodes, T, da), rewards (M, episodes, T), success (M, episodes) bool.
+    Raises ValueError with one line for a setting that the family's algorithm does not have, or
+    that cannot be.
     """
-    spec, many = get_family(env), len(tasks)
-    streams = [int(x) for x in np.random.SeedSequence(seed).generate_state(2)]
-    batch = make_batch(env, [task for task in tasks for _ in range(episodes)], streams[0])
-    rng = torch.Generator().manual_seed(streams[1]) if sampled else None
-    states, rows = batch.reset(), []
-    for _ in range(spec.horizon):
-        if policies is None:
-            actions = 2 * torch.rand(many * episodes, spec.action_dim, generator=rng).numpy() - 1
-        else:
-            actions = (
-                policies.act(torch.from_numpy(states).view(many, episodes, -1), rng)
-                .flatten(0, 1)
-                .numpy()
-            )
-        following, rewards = batch.step(actions)
-        rows.append((states, actions, rewards))
-        states = following
-    arrays = (np.stack(column, 1) for column in zip(*rows, strict=True))
-    found = {
-        name: array.reshape(many, episodes, *array.shape[1:])
-        for name, array in zip(("states", "actions", "rewards"), arrays, strict=True)
-    }
-    success = np.zeros(many * episodes, bool) if batch.success is None else batch.success
-    return found | {"success": success.reshape(many, episodes).copy()}
+    base, horizon = default_algorithm(env), get_family(env).horizon
+    names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")
+    given = {name: getattr(settings, f"teacher_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value}  # 0: the table's
+    if not all(value > 0 for value in (settings.teacher_group, *given.values())):
+        raise ValueError("settings of teachers must be positive (0: the paper's)")
+    foreign = [name for name in given if not hasattr(base, name)]
+    if foreign:
+        flag = f"--teacher-{foreign[0]}".replace("_", "-")
+        raise ValueError(f"{env}'s teachers are trained by PPO, which has no {flag}")
+    if isinstance(base, PPOConfig):
+        return replace(base, **given)
+    if base.replay == base.steps:  # a replay that holds all of the training still does
+        given["replay"] = given.get("steps", base.steps)
+    changed = replace(base, **given)
+    if changed.save_every % horizon or changed.steps % changed.save_every:
+        raise ValueError(
+            f"--teacher-save-every {changed.save_every} must be whole episodes of {horizon} steps "
+            f"and divide --teacher-steps {changed.steps}"
+        )
+    return changed
 
 
-# ------------------------------------------------------------------------------- training and levels
+def checkpoints(trained_by: SACConfig | PPOConfig) -> list[int]:
+    """The steps of all checkpoints."""
+    unit = 1 if isinstance(trained_by, SACConfig) else trained_by.n_steps  # PPO: whole rollouts
+    every = math.ceil(trained_by.save_every / unit) * unit
+    total = math.ceil(trained_by.steps / unit) * unit
+    return sorted({*range(every, total + 1, every), total})
+
+
+# ---------------------------------------------------------------------------- training a group
 @dataclass(frozen=True)
 class Group:
     """A job: train the tasks of one group and measure their checkpoints."""
 
-    cfg: TeacherConfig
-    number: int
+    env: str
+    trained_by: SACConfig | PPOConfig
+    seed: tuple[int, int]  # the teachers', and the number of the group
     tasks: list
     folder: str
     device: str = "cpu"
 
 
-def groups_of(cfg: TeacherConfig, tasks: list, folder: Path, device: str = "cpu") -> list[Group]:
-    """SAC stacks `cfg.group` tasks; PPO trains one by one."""
-    size = cfg.group if isinstance(cfg.algorithm(), SACConfig) else 1
-    starts = range(0, len(tasks), size)
+def groups_of(
+    env: str, settings: Teachers, tasks: list, folder: Path, device: str = "cpu"
+) -> list[Group]:
+    """SAC trains `teacher_group` tasks in one stack; PPO trains one by one."""
+    trained_by = algorithm(env, settings)
+    size = settings.teacher_group if isinstance(trained_by, SACConfig) else 1
     return [
-        Group(cfg, i, tasks[first : first + size], str(folder / f"group-{i:03d}"), device)
-        for i, first in enumerate(starts)
+        Group(
+            env=env,
+            trained_by=trained_by,
+            seed=(settings.teacher_seed, number),
+            tasks=tasks[first : first + size],
+            folder=str(folder / f"group-{number:03d}"),
+            device=device,
+        )
+        for number, first in enumerate(range(0, len(tasks), size))
     ]
 
 
-def checkpoints(cfg: TeacherConfig) -> list[int]:
-    """The steps of all checkpoints."""
-    found = cfg.algorithm()
-    unit = (
-        found.save_every if isinstance(found, SACConfig) else found.n_steps
-    )  # PPO trains in whole rollouts
-    every, total = (math.ceil(n / unit) * unit for n in (found.save_every, found.steps))
-    return sorted({*range(every, total + 1, every), total})
-
-
 def train_group(group: Group, alive) -> None:
-    """Train what is missing of a group, then measure it. Continues where it was stopped; the replay goes at the end."""
-    folder, cfg = Path(group.folder), group.cfg
-    with only_writer(
-        folder, seconds=60
-    ):  # a worker of a killed command may still be in its last episode
+    """Train what is missing of a group, then measure it. Continues where it was stopped.
+
+    `alive()` raises when the command that asked for it is gone.
+    """
+    folder, trained_by = Path(group.folder), group.trained_by
+    with only_writer(folder, seconds=60):  # a killed command's worker may end its last episode
         if (folder / "levels.npz").exists():
             return
-        algorithm, seed = cfg.algorithm(), (cfg.seed, group.number)
-        if all(policy_file(folder, step).exists() for step in checkpoints(cfg)):
+        if all(policy_file(folder, step).exists() for step in checkpoints(trained_by)):
             pass  # trained, but not measured
-        elif isinstance(algorithm, SACConfig):
-            batch = make_batch(cfg.env, group.tasks)
-            train_sac(batch, algorithm, seed, folder, lambda *_: alive(), group.device)
+        elif isinstance(trained_by, SACConfig):
+            batch = make_batch(group.env, group.tasks)
+            train_sac(batch, trained_by, group.seed, folder, lambda *report: alive(), group.device)
         else:
-            train_ppo(
-                partial(make_env, cfg.env, group.tasks[0]),
-                algorithm,
-                seed,
-                folder,
-                lambda *_: alive(),
-            )
+            environment = partial(make_env, group.env, group.tasks[0])
+            train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
         save_arrays(folder / "levels.npz", measure(group, alive))
-        (folder / STATE).unlink(missing_ok=True)
+        (folder / STATE).unlink(missing_ok=True)  # the replay is large, and of no more use
 
 
 def measure(group: Group, alive) -> dict[str, np.ndarray]:
-    """Returns of every checkpoint: `sampled` and `mean` actions (C, n, k), success of the latter (C, n), and the
-    random policy's mean (n,).
+    """Returns of every checkpoint with `sampled` and with `mean` actions, (C, n, k) each.
+
+    And the latter's `success` (C, n), and the random policy's mean return, `random` (n,).
     """
-    cfg, found = group.cfg, {"sampled": [], "mean": [], "success": []}
-    for step in checkpoints(cfg):
+    returns, success = {"sampled": [], "mean": []}, []
+    for step in checkpoints(group.trained_by):
         alive()
         policies = load_policies(Path(group.folder), [step])
-        for name, sampled in (("sampled", True), ("mean", False)):
-            played = rollout(
-                policies,
-                cfg.env,
-                group.tasks,
-                cfg.level_episodes,
-                (cfg.seed, group.number, step, sampled),
-                sampled,
-            )
-            found[name].append(played["rewards"].sum(-1))
-        found["success"].append(played["success"].mean(1))
-    arrays = {name: np.stack(values) for name, values in found.items()}
-    return arrays | {"random": random_returns(cfg.env, group.tasks)}
+        for name in returns:
+            sampled = name == "sampled"
+            seed = (*group.seed, step, sampled)
+            played = rollout(policies, group.env, group.tasks, LEVEL_EPISODES, seed, sampled)
+            returns[name].append(played["rewards"].sum(-1))
+        success.append(played["success"].mean(1))  # of the mean actions, which come last
+    arrays = {name: np.stack(values) for name, values in (returns | {"success": success}).items()}
+    return arrays | {"random": random_returns(group.env, group.tasks)}
 
 
+# ------------------------------------------------------------------------ levels and qualities
 @dataclass
-class Teachers:
-    """What is known of the teachers of N tasks after training; C checkpoints."""
+class TrainedTeachers:
+    """What is known of the teachers of N tasks after training; C checkpoints each."""
 
-    cfg: TeacherConfig
+    env: str
     groups: list[Group]
     steps: list[int]  # (C,)
     sampled: np.ndarray  # (C, N) mean return of sampled actions
     highest: np.ndarray  # (N,) their highest return in any episode
-    mean: np.ndarray  # (C, N) of mean actions
-    success: np.ndarray  # (C, N)
-    random: np.ndarray  # (N,)
+    mean: np.ndarray  # (C, N) mean return of mean actions
+    success: np.ndarray  # (C, N) of the latter
+    random: np.ndarray  # (N,) mean return of random actions
 
     def level(self, returns: np.ndarray) -> np.ndarray:
-        """(C, N) returns to levels: 0 random, 1 the task's best. A task that never beat random is at 0 throughout."""
+        """(C, N) returns to levels: 0 random, 1 the task's best.
+
+        A task none of whose checkpoints beats random is at 0 throughout.
+        """
         span = returns.max(0) - self.random
         return np.where(span > 0, (returns - self.random) / np.where(span > 0, span, 1.0), 0.0)
 
     def chosen(self, quality: str, task: int) -> tuple[np.ndarray, int]:
-        """Indices of the checkpoints that make a task's data, and of the one that labels its queries. A task none of
-        whose checkpoints is below the quality's level gets its lowest.
+        """Indices of the checkpoints that make a task's data, and of the one that labels.
+
+        A task none of whose checkpoints is below the quality's level gets its lowest.
         """
-        picked = []
+        allowed = []
         for returns in (self.sampled, self.mean):
             level = self.level(returns)[:, task]
             below = np.flatnonzero(level < LEVEL[quality])
-            picked.append(below if len(below) else np.array([level.argmin()]))
-        behaviour, labels = picked
+            allowed.append(below if len(below) else np.array([level.argmin()]))
+        behaviour, labels = allowed
         return behaviour, int(labels[self.mean[labels, task].argmax()])
+
+    def behaviour(self, quality: str, task: int) -> Behaviour:
+        """The files of the checkpoints that `chosen` names."""
+        indices, label = self.chosen(quality, task)
+        group, row = self.place(task)
+        return Behaviour(group.folder, row, [self.steps[i] for i in indices], self.steps[label])
 
     @property
     def best(self) -> np.ndarray:
@@ -319,182 +248,80 @@ class Teachers:
         raise IndexError(task)
 
 
-def teachers_folder(root: Path, cfg: TeacherConfig, tasks: list) -> Path:
-    """One folder for everything that changes the bytes."""
-    about = json.dumps([asdict(cfg), asdict(cfg.algorithm()), tasks])
-    name = f"{get_family(cfg.env).name}-{cfg.algorithm().steps}-s{cfg.seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-    return root / "teachers" / name
+# --------------------------------------------------------------------------------- all of them
+def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list) -> Path:
+    """One folder for everything that changes the bytes; what its name does not say is hashed."""
+    trained_by = algorithm(env, settings)
+    everything = json.dumps([env, asdict(settings), asdict(trained_by), tasks])
+    name = f"{get_family(env).name}-{trained_by.steps}-s{settings.teacher_seed}"
+    return root / "teachers" / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
 
 
 def train_teachers(
-    root: Path,
-    cfg: TeacherConfig,
-    tasks: list,
-    workers: int,
-    cluster: str | None,
-    device: str = "cpu",
-    quiet=False,
-) -> Teachers:
+    root: Path, env: str, settings: Teachers, tasks: list, work: Work, quiet: bool = False
+) -> TrainedTeachers:
     """Train and measure the teachers of `tasks`, or read them if they are there.
 
-    Raises ValueError with one line for impossible settings, a full disk, a damaged file or a second process.
+    `root` is the folder of the datasets, all of which they serve. Raises ValueError with one line
+    for impossible settings, a full disk, a damaged file or a second process.
     """
-    folder, steps = teachers_folder(root, cfg, tasks), checkpoints(cfg)
-    groups = groups_of(cfg, tasks, folder, device)
+    folder = teachers_folder(root, env, settings, tasks)
+    groups = groups_of(env, settings, tasks, folder, work.teacher_device)
+    steps = checkpoints(groups[0].trained_by)
     missing = [group for group in groups if not (Path(group.folder) / "levels.npz").exists()]
     if missing:
-        algorithm, spec = cfg.algorithm(), get_family(cfg.env)
-        hidden = getattr(algorithm, "hidden", 64)
-        policy = 4 * ((spec.state_dim + 2 * spec.action_dim) * hidden + hidden**2)
-        state = 40 * hidden**2 * 4 + getattr(algorithm, "replay", 0) * 4 * (
-            2 * spec.state_dim + spec.action_dim + 1
-        )
-        need_space(
-            folder, 1.1 * sum(len(group.tasks) for group in missing) * (policy * len(steps) + state)
-        )
-        with only_writer(folder):
+        need_space(folder, 1.1 * sum(disk_space(group) for group in missing))
 
-            def written() -> int:
-                return len(list(folder.glob("group-*/step-*.safetensors")))
+        def written() -> int:
+            return len(list(folder.glob("group-*/step-*.safetensors")))
 
-            total, title = len(groups) * len(steps), f"teachers of {cfg.env}"
-            bar = progress(
-                total=total, initial=written(), desc=title, unit="checkpoint", disable=quiet
-            )
-            run_jobs(train_group, missing, workers, cluster, lambda: bar.update(written() - bar.n))
-            bar.close()
-    found: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
+        total, title = len(groups) * len(steps), f"teachers of {env}"
+        with only_writer(folder), bar_of(written, total, title, "checkpoint", quiet) as watch:
+            run_jobs(train_group, missing, work.workers, work.cluster, watch)
+    return read_levels(env, groups, steps)
+
+
+def disk_space(group: Group) -> int:
+    """Bytes of a group's files, roughly: all checkpoints and the last state, float32."""
+    family, trained_by = get_family(group.env), group.trained_by
+    hidden = getattr(trained_by, "hidden", 64)
+    policy = (family.state_dim + 2 * family.action_dim) * hidden + hidden**2
+    transition = 2 * family.state_dim + family.action_dim + 1
+    # weights, copies and moments of actor and critics, and SAC's replay
+    state = 40 * hidden**2 + getattr(trained_by, "replay", 0) * transition
+    return 4 * len(group.tasks) * (policy * len(checkpoints(trained_by)) + state)
+
+
+def read_levels(env: str, groups: list[Group], steps: list[int]) -> TrainedTeachers:
+    """What all groups' levels.npz say. Raises ValueError that names a damaged one."""
+    columns: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
     highest = []
     for group in groups:
         path = Path(group.folder) / "levels.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in found}
+                arrays = {name: file[name] for name in columns}
         except Exception as error:  # whatever numpy, zipfile and zlib make of damage
             raise ValueError(
                 f"{path} is damaged ({error!r}): delete it to measure those tasks anew"
             ) from None
         highest.append(arrays["sampled"].max((0, 2)))
         for name, values in arrays.items():
-            found[name].append(values.mean(2) if values.ndim == 3 else values)
-    joined = {name: np.concatenate(parts, -1) for name, parts in found.items()}
-    return Teachers(cfg, groups, steps, highest=np.concatenate(highest), **joined)
+            columns[name].append(values.mean(2) if values.ndim == 3 else values)
+    joined = {name: np.concatenate(parts, -1) for name, parts in columns.items()}
+    return TrainedTeachers(env, groups, steps, highest=np.concatenate(highest), **joined)
 
 
-def describe(teachers: Teachers, tasks: list) -> str:
+def describe(teachers: TrainedTeachers, tasks: list) -> str:
     """One line: the teachers' mean return between the random policy's and the optimum."""
-    cfg, best, floor = teachers.cfg, teachers.best, teachers.random
-    line = f"teachers of {cfg.env}: return {best.mean():.1f} on average, random policy {floor.mean():.1f}"
-    optimum = optimal_returns(cfg.env, tasks)
+    env, best, random = teachers.env, teachers.best, teachers.random
+    line = f"teachers of {env}: return {best.mean():.1f} on average, "
+    line += f"random policy {random.mean():.1f}"
+    optimum = optimal_returns(env, tasks)
     if optimum is not None:
-        share = ((best - floor) / (optimum - floor)).mean()
+        share = ((best - random) / (optimum - random)).mean()
         line += f", optimum {optimum.mean():.1f} ({100 * share:.0f} % of the way)"
-    if get_family(cfg.env).success:
-        line += f", success {100 * teachers.success[teachers.mean.argmax(0), np.arange(len(tasks))].mean():.0f} %"
+    if get_family(env).can_succeed:
+        success = teachers.success[teachers.mean.argmax(0), np.arange(len(tasks))]
+        line += f", success {100 * success.mean():.0f} %"
     return line
-
-
-# -------------------------------------------------------------------------------- a task of a dataset
-OWN_SHARE = {"paper": 1.0, "explore": 0.25, "wander": 0.5}  # of the episodes, by recipe
-
-
-@dataclass(frozen=True)
-class Part:
-    """A job: the arrays of one training task of a dataset."""
-
-    group: Group
-    row: int
-    task: int  # its number among all
-    behaviour: list[int]  # steps of the checkpoints that make the task's own episodes
-    label: int  # step of the checkpoint that labels
-    own: int  # episodes
-    others: list[
-        tuple[str, int, int]
-    ]  # folder, step, row of a policy of another task: an episode each
-    random: int  # episodes of random actions
-    queries: int
-    seed: int
-    path: str
-
-
-def parts_of(
-    teachers: Teachers,
-    tasks: int,
-    quality: str,
-    recipe: str,
-    episodes: int,
-    queries: int,
-    seed: int,
-    names: list[Path],
-) -> list[Part]:
-    """The jobs of a dataset of the first `tasks` tasks, to be written to `names`. Other tasks' checkpoints are of the
-    same quality, all equally likely.
-    """
-    chosen = [teachers.chosen(quality, i) for i in range(tasks)]
-    own = max(1, round(OWN_SHARE[recipe] * episodes)) if tasks > 1 else episodes
-    parts = []
-    for i, (behaviour, label) in enumerate(chosen):
-        group, row = teachers.place(i)
-        rng, others = np.random.default_rng([seed, 3, i]), []
-        for _ in range(episodes - own if recipe == "explore" else 0):
-            other = int((i + 1 + rng.integers(tasks - 1)) % tasks)
-            where, line = teachers.place(other)
-            others.append((where.folder, teachers.steps[rng.choice(chosen[other][0])], line))
-        steps, rest = [teachers.steps[c] for c in behaviour], episodes - own - len(others)
-        parts.append(
-            Part(
-                group,
-                row,
-                i,
-                steps,
-                teachers.steps[label],
-                own,
-                others,
-                rest,
-                queries,
-                seed,
-                str(names[i]),
-            )
-        )
-    return parts
-
-
-def make_part(part: Part, alive) -> None:
-    """Roll out the chosen checkpoints and label queries; write `path`."""
-    env, folder, many = part.group.cfg.env, Path(part.group.folder), len(part.behaviour)
-    alive()
-    goal, each = part.group.tasks[part.row], -(-part.own // many)
-    policies = load_policies(folder, part.behaviour, part.row)
-    played = rollout(policies, env, [goal] * many, each, (part.seed, 1, part.task), sampled=True)
-    # episode j of the own ones is of checkpoint j * C / own: as many of each as divides
-    checkpoint = np.arange(part.own) * many // part.own
-    turn = np.arange(part.own) - np.searchsorted(checkpoint, checkpoint)
-    arrays = {name: played[name][checkpoint, turn] for name in ("states", "actions", "rewards")}
-    if part.others or part.random:
-        alive()
-        policies, rest = None, part.random
-        if part.others:
-            policies = join(
-                [load_policies(Path(where), [step], row) for where, step, row in part.others]
-            )
-            rest = len(part.others)
-        played = rollout(policies, env, [goal] * rest, 1, (part.seed, 4, part.task), sampled=True)
-        arrays = {
-            name: np.concatenate([array, played[name][:, 0]]) for name, array in arrays.items()
-        }
-    rng = np.random.default_rng([part.seed, 2, part.task])
-    steps = (
-        part.own * arrays["rewards"].shape[1]
-    )  # the teacher knows what to do where its own training has been
-    pick = rng.choice(steps, part.queries, replace=part.queries > steps)
-    states = arrays["states"][: part.own].reshape(steps, -1)[pick]
-    if get_family(env).teacher == "ppo":
-        labels = arrays["actions"][: part.own].reshape(steps, -1)[pick]
-    else:
-        with torch.inference_mode():
-            labels = (
-                load_policies(folder, [part.label], part.row)
-                .act(torch.from_numpy(states)[None])[0]
-                .numpy()
-            )
-    save_arrays(Path(part.path), arrays | {"query_states": states, "query_actions": labels})

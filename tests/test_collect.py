@@ -1,22 +1,23 @@
-"""Collection of a dataset (paper App. D.2) from DarkRoom's rule: same bytes however it was stopped, damage named.
+"""Collection of a dataset (App. D.2) from DarkRoom's rule: same bytes however it was stopped.
 
-Families with trained teachers: test_experts.py.
+Families with trained teachers: test_teachers.py.
 Run: pytest tests/test_collect.py
 """
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import changed
 
 import collect as module
-from collect import CollectConfig, collect, dataset_folder
+from collect import collect, dataset_folder
+from config import Collection
 from data import file_hash, load_dataset
 from envs import split_tasks
-from families.rooms import BatchedDarkRoom
+from families.darkroom import BatchedDarkRoom
 from support.files import only_writer
 
 SAVE = module.save_arrays
@@ -52,7 +53,7 @@ def refused(cfg, message):
 @pytest.fixture
 def stopped(tiny_config, tmp_path, monkeypatch):
     """(settings, folder) of a collection that was interrupted after three parts."""
-    cfg = replace(tiny_config, folder=str(tmp_path))
+    cfg = changed(tiny_config, datasets=str(tmp_path))
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -62,19 +63,19 @@ def stopped(tiny_config, tmp_path, monkeypatch):
     return cfg, folder
 
 
-# --------------------------------------------------------------------------------- bytes and resuming
+# ------------------------------------------------------------------------------ bytes and resuming
 @pytest.mark.parametrize("recipe", ["paper", "explore"])
 def test_same_settings_give_the_same_bytes(recipe, request, tmp_path):
     cfg = request.getfixturevalue("tiny_config" if recipe == "paper" else "explore_config")
     first = contents(request.getfixturevalue(f"{recipe}_folder"))
-    again = contents(collect(replace(cfg, folder=str(tmp_path)), quiet=True))
+    again = contents(collect(changed(cfg, datasets=str(tmp_path)), quiet=True))
     assert len(first) == 9  # 8 tasks and meta.json
     assert again == first
 
 
 def test_another_seed_gives_other_bytes(tiny_config, paper_folder, tmp_path):
     first = contents(paper_folder)
-    other = contents(collect(replace(tiny_config, seed=1, folder=str(tmp_path)), quiet=True))
+    other = contents(collect(changed(tiny_config, data_seed=1, datasets=str(tmp_path)), quiet=True))
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
     assert len(set(first.values())) == 9  # nor do two tasks share their data
@@ -93,7 +94,7 @@ def test_stopped_collection_continues_to_the_same_bytes(stopped, paper_folder):
 
 
 def test_explore_continues_to_the_same_bytes(explore_config, explore_folder, tmp_path):
-    cfg = replace(explore_config, folder=str(tmp_path))
+    cfg = changed(explore_config, datasets=str(tmp_path))
     folder = shutil.copytree(explore_folder, dataset_folder(cfg))
     for name in ("meta.json", "task-000.npz", "task-006.npz"):
         (folder / name).unlink()
@@ -101,7 +102,7 @@ def test_explore_continues_to_the_same_bytes(explore_config, explore_folder, tmp
 
 
 def test_deleted_part_of_a_complete_dataset_is_redone_alone(tiny_config, paper_folder, tmp_path):
-    cfg = replace(tiny_config, folder=str(tmp_path))
+    cfg = changed(tiny_config, datasets=str(tmp_path))
     folder = shutil.copytree(paper_folder, dataset_folder(cfg))
     (folder / "task-004.npz").unlink()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
@@ -114,7 +115,7 @@ def test_interrupted_write_leaves_no_part(tiny_config, tmp_path, monkeypatch):
         file.write(b"PK half of a part")
         raise KeyboardInterrupt
 
-    cfg = replace(tiny_config, folder=str(tmp_path))
+    cfg = changed(tiny_config, datasets=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", half)
         with pytest.raises(KeyboardInterrupt):
@@ -138,28 +139,48 @@ def test_damaged_part_of_a_stopped_run_is_named(stopped, damage):
 
 def test_part_of_other_settings_is_named(stopped, tiny_config, tmp_path):
     cfg, folder = stopped
-    other = replace(tiny_config, episodes=11, folder=str(tmp_path / "other"))
+    other = changed(tiny_config, data_episodes=11, datasets=str(tmp_path / "other"))
     shutil.copy(collect(other, quiet=True) / "task-002.npz", folder)
     refused(cfg, "task-002.npz.*shape")
 
 
-def other_goals(cfg, tmp_path) -> CollectConfig:
+def other_goals(cfg, tmp_path) -> Collection:
     """The same settings with a task file of the same name and other goals."""
-    file = tmp_path / "elsewhere" / Path(cfg.tasks).name
+    file = tmp_path / "elsewhere" / Path(cfg.data.tasks).name
     file.parent.mkdir()
-    goals = json.loads(Path(cfg.tasks).read_text())
+    goals = json.loads(Path(cfg.data.tasks).read_text())
     file.write_text(json.dumps({**goals, "train": goals["train"][::-1]}))
-    return replace(cfg, tasks=str(file))
+    return changed(cfg, tasks=str(file))
 
 
 def test_folder_of_other_settings_is_refused(tiny_config, paper_folder, tmp_path):
-    cfg = replace(tiny_config, folder=str(tmp_path))
-    medium = replace(cfg, quality="medium")
+    cfg = changed(tiny_config, datasets=str(tmp_path))
+    medium = changed(cfg, quality="medium")
     assert dataset_folder(medium) != dataset_folder(cfg)
     shutil.copytree(paper_folder, dataset_folder(cfg))
     shutil.copytree(paper_folder, dataset_folder(medium))  # renamed by hand
     refused(medium, "other settings")
     assert dataset_folder(other_goals(cfg, tmp_path)) != dataset_folder(cfg)
+
+
+def test_dataset_of_an_older_format_is_named(tiny_config, paper_folder, tmp_path):
+    cfg = changed(tiny_config, datasets=str(tmp_path))
+    folder = shutil.copytree(paper_folder, dataset_folder(cfg))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "format": 1}))
+    refused(cfg, "format 2 but 1; delete that folder to collect it anew")
+
+
+def test_meta_says_what_was_collected(paper_data, point_folder):
+    for meta in (paper_data.meta, json.loads((point_folder / "meta.json").read_text())):
+        darkroom = meta["env"] == "darkroom"
+        assert [meta[f"data_{name}"] for name in ("episodes", "queries", "seed")] == (
+            [10, 50, 0] if darkroom else [23, 40, 0]
+        )
+        assert (meta["quality"], meta["recipe"], meta["task_seed"]) == ("mixed", "paper", 56)
+        assert not {"tasks", "datasets", "workers", "cluster"} & meta.keys()
+        assert ("teacher_steps" in meta) is ("reference" in meta) is not darkroom
+        assert len(meta["sha256"]) == len(meta["train_tasks"])
 
 
 def test_stopped_run_of_other_goals_is_not_continued(stopped, tmp_path):
@@ -180,15 +201,15 @@ def test_folder_that_another_process_is_writing_is_refused(stopped):
     collect(cfg, quiet=True)
 
 
-@pytest.mark.parametrize("change", [{"episodes": 4}, {"queries": 0}, {"env": "dark"}])
+@pytest.mark.parametrize("change", [{"data_episodes": 4}, {"data_queries": 0}, {"env": "dark"}])
 def test_bad_settings_are_refused_before_anything_is_written(tiny_config, tmp_path, change):
     with pytest.raises(ValueError) as error:
-        collect(replace(tiny_config, folder=str(tmp_path / "new"), **change), quiet=True)
+        collect(changed(tiny_config, datasets=str(tmp_path / "new"), **change), quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
 
 
-# ------------------------------------------------------------------------------------- what is stored
+# ---------------------------------------------------------------------------------- what is stored
 def check_replay(data):
     """Stored states and rewards are those of the stored actions in each task's room."""
     for goal, states, actions, rewards in zip(
@@ -208,6 +229,6 @@ def test_stored_steps_are_those_of_the_room(recipe, request):
 
 
 def test_only_training_goals_are_collected(paper_data, tiny_config):
-    train, test = split_tasks("darkroom", file=tiny_config.tasks)
+    train, test = split_tasks("darkroom", file=tiny_config.data.tasks)
     assert paper_data.meta["train_tasks"] == train and paper_data.meta["test_tasks"] == test
     assert paper_data.tasks == len(train)

@@ -1,31 +1,24 @@
-"""Dataset folders and the samplers of Algorithms 1 and 3 (paper Sec. 3.1, 4.3, App. A, D.2).
+"""test_data.py: dataset folders, and what the samplers of Algorithms 1 and 3 share (Sec. 3.1, D.2).
 
-Run: pytest tests/test_data.py
+What a folder holds is what is loaded, and no damaged one is; draws of tasks and episodes by their
+frequencies. What is AD's or DPT's alone: test_ad.py, test_dpt.py.
+Run: python -m pytest -q tests/test_data.py
 """
 
 import json
 import pickle
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from toys import SLIDE, coded_dataset, episodes_of, write_continuous
 
 import envs
-from data import (
-    FORMAT,
-    file_hash,
-    load_dataset,
-    load_part,
-    normalise,
-    read_meta,
-    rows,
-    sample_ad,
-    sample_dpt,
-    subset,
-)
-from families.rooms import darkroom_expert
+from ad import sample_ad
+from data import FORMAT, file_hash, load_dataset, load_part, normalise, read_meta, rows
+from dpt import DPTSettings, sample_dpt
+from families.darkroom import darkroom_teacher
 
 N, E, T, Q = 8, 10, 100, 50  # of the tiny datasets
 
@@ -34,42 +27,23 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def sample_queries(data, rows, episodes, draws, rng, **settings):
+    return sample_dpt(data, rows, episodes, draws, rng, DPTSettings(**settings))
+
+
 @pytest.fixture(scope="module")
-def coded(paper_data):
-    """The tiny dataset with readable contents: every state is (task, episode), query m is divmod(m, 10)."""
-    task, episode = torch.meshgrid(torch.arange(N), torch.arange(E), indexing="ij")
-    states = torch.stack([task, episode], -1)[:, :, None].expand(N, E, T, 2).to(torch.uint8)
-    queries = (
-        torch.stack([torch.arange(Q) // 10, torch.arange(Q) % 10], -1)
-        .expand(N, Q, 2)
-        .to(torch.uint8)
-    )
-    return replace(paper_data, states=states, query_states=queries)
+def coded():
+    return coded_dataset(N, E, Q)
 
 
-def episodes_of(batch):
-    """(task (B,), episodes (B, L)) of a batch of the coded dataset; checks that no episode is torn."""
-    states = batch.prompt.states.unflatten(1, (-1, T))  # (B, L, T, 2)
-    assert (states == states[:, :, :1]).all()
-    task, episode = states[:, :, 0].unbind(-1)
-    assert (task == batch.task[:, None]).all()  # all of one task
-    return batch.task, episode
-
-
-def check_contents(data, batch, task, episode):
-    """Actions and rewards of a prompt are those that the dataset stores for (task, episode), in order."""
-    for row, ids in enumerate(episode):
-        for place, e in enumerate(ids):
-            steps = slice(place * T, (place + 1) * T)
-            assert torch.equal(batch.prompt.actions[row, steps], data.actions[task[row], e].long())
-            assert torch.equal(batch.prompt.rewards[row, steps], data.rewards[task[row], e])
+SAMPLERS = pytest.mark.parametrize("sample", [sample_ad, sample_queries])
 
 
 # --------------------------------------------------------------------------------------- round trip
 @pytest.mark.parametrize("recipe", ["paper", "explore"])
 def test_loaded_arrays_are_the_stored_ones(recipe, request):
     folder, data = (request.getfixturevalue(f"{recipe}_{what}") for what in ("folder", "data"))
-    assert (data.tasks, data.episodes, data.spec.name) == (N, E, "darkroom")
+    assert (data.tasks, data.episodes, data.family.name) == (N, E, "darkroom")
     assert (
         data.meta == json.loads((folder / "meta.json").read_text())
         and data.meta["recipe"] == recipe
@@ -103,39 +77,8 @@ def test_order_is_ascending_by_return_and_ties_keep_their_place(paper_data):
     assert ties >= N  # every task ends with two optimal episodes
 
 
-def test_subset_keeps_the_chosen_tasks(paper_data):
-    few = subset(paper_data, slice(2, 5))
-    assert few.tasks == 3 and few.episodes == E
-    for name in (
-        "states",
-        "actions",
-        "rewards",
-        "query_states",
-        "query_actions",
-        "returns",
-        "order",
-    ):
-        assert torch.equal(getattr(few, name), getattr(paper_data, name)[2:5])
-
-
-# --------------------------------------------------------------------------------- AD (Algorithm 1)
-def test_ad_prompts_are_whole_episodes_ascending_by_return(coded):
-    batch = sample_ad(coded, batch=16, episodes=4, draws=2, rng=generator())
-    assert batch.prompt.states.shape == (16, 4 * T, 2) and batch.prompt.steps == 4 * T
-    assert batch.prompt.actions.shape == batch.prompt.rewards.shape == (16, 4 * T)
-    assert (
-        batch.prompt.states.dtype == batch.prompt.actions.dtype == batch.task.dtype == torch.int64
-    )
-    assert batch.prompt.rewards.dtype == torch.float32
-    task, episode = episodes_of(batch)
-    check_contents(coded, batch, task, episode)
-    assert all(len(set(row)) == 4 for row in episode.tolist())  # different episodes
-    returns = batch.prompt.rewards.unflatten(1, (4, T)).sum(-1)
-    assert (returns.diff(dim=1) >= 0).all() and (returns.diff(dim=1) > 0).any()
-    assert torch.equal(returns, coded.returns[task[:, None], episode])
-
-
-@pytest.mark.parametrize("sample", [sample_ad, sample_dpt])
+# ------------------------------------------------------------------------------ Algorithms 1 and 3
+@SAMPLERS
 @pytest.mark.parametrize("draws", [1, 2, 4])
 def test_each_task_of_a_batch_is_drawn_so_often(coded, sample, draws):
     seen = set()
@@ -148,7 +91,7 @@ def test_each_task_of_a_batch_is_drawn_so_often(coded, sample, draws):
     assert seen == set(range(N))
 
 
-@pytest.mark.parametrize("sample", [sample_ad, sample_dpt])
+@SAMPLERS
 def test_batch_with_more_rows_than_tasks_begins_a_new_round(coded, sample):
     task, _ = episodes_of(sample(coded, 40, 2, 2, generator()))
     pairs = task.view(20, 2)
@@ -159,7 +102,7 @@ def test_batch_with_more_rows_than_tasks_begins_a_new_round(coded, sample):
 
 
 def test_rows_cut_a_batch_and_its_prompt(coded):
-    batch = sample_dpt(coded, 8, 1, 1, generator(), queries=3)
+    batch = sample_queries(coded, 8, 1, 1, generator(), queries=3)
     few = rows(batch, slice(2, 5))
     assert type(few) is type(batch)
     for name in ("task", "query_states", "query_actions", "visible"):
@@ -168,7 +111,7 @@ def test_rows_cut_a_batch_and_its_prompt(coded):
         assert torch.equal(getattr(few.prompt, name), getattr(batch.prompt, name)[2:5])
 
 
-@pytest.mark.parametrize("sample", [sample_ad, sample_dpt])
+@SAMPLERS
 def test_draws_of_a_task_are_independent_and_cover_all_episodes_evenly(coded, sample):
     rng, episodes = generator(), []
     for _ in range(200):
@@ -182,7 +125,7 @@ def test_draws_of_a_task_are_independent_and_cover_all_episodes_evenly(coded, sa
     assert same < 0.02
 
 
-@pytest.mark.parametrize("sample", [sample_ad, sample_dpt])
+@SAMPLERS
 def test_a_generator_determines_the_batch(coded, sample):
     first, again, other = (sample(coded, 8, 3, 1, generator(seed)) for seed in (5, 5, 6))
     for name in ("states", "actions", "rewards"):
@@ -190,69 +133,22 @@ def test_a_generator_determines_the_batch(coded, sample):
     assert torch.equal(first.task, again.task) and not torch.equal(
         first.prompt.states, other.prompt.states
     )
-    if sample is sample_dpt:
+    if sample is sample_queries:
         assert torch.equal(first.query_states, again.query_states)
         assert torch.equal(first.visible, again.visible)
 
 
-# -------------------------------------------------------------------------------- DPT (Algorithm 3)
-def test_dpt_batch_holds_stored_steps_and_queries(coded):
-    batch = sample_dpt(coded, batch=16, episodes=2, draws=2, rng=generator(), queries=6)
-    task, episode = episodes_of(batch)
-    check_contents(coded, batch, task, episode)
-    assert batch.query_states.shape == (16, 6, 2) and batch.query_states.dtype == torch.int64
-    assert batch.query_actions.shape == batch.visible.shape == (16, 6)
-    assert batch.query_actions.dtype == batch.visible.dtype == torch.int64
-    pick = batch.query_states @ torch.tensor([10, 1])
-    assert torch.equal(batch.query_actions, coded.query_actions[task[:, None], pick].long())
-
-
-def test_dpt_queries_are_independent_of_the_prompt(coded):
-    rng, pairs = generator(), []
-    for _ in range(500):
-        batch = sample_dpt(coded, batch=8, episodes=1, draws=1, rng=rng, queries=5)
-        episode, pick = episodes_of(batch)[1], batch.query_states @ torch.tensor([10, 1])
-        pairs.append((episode * Q + pick).flatten())
-    table = torch.cat(pairs).bincount(minlength=E * Q).view(E, Q).double()
-    expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
-    freedom = (E - 1) * (Q - 1)
-    chi = ((table - expected) ** 2 / expected).sum()
-    assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5  # neither linked nor suspiciously even
-    assert (table.sum(0) / table.sum() - 1 / Q).abs().max() < 0.005  # every query equally often
-
-
 @pytest.mark.parametrize("recipe", ["paper", "explore"])
-def test_dpt_labels_of_mixed_data_are_the_expert_s(recipe, request):
+def test_dpt_labels_of_mixed_data_are_the_teachers(recipe, request):
     data = request.getfixturevalue(f"{recipe}_data")
-    batch = sample_dpt(data, batch=8, episodes=1, draws=1, rng=generator(), queries=40)
+    batch = sample_queries(data, 8, 1, 1, generator(), queries=40)
     goals = np.array(data.meta["train_tasks"])[batch.task]
-    labels = darkroom_expert(batch.query_states.numpy(), goals[:, None])
+    labels = darkroom_teacher(batch.query_states.numpy(), goals[:, None])
     np.testing.assert_array_equal(batch.query_actions, labels)
     assert len(np.unique(labels)) == 5
 
 
-@pytest.mark.parametrize(
-    ("short", "empty"), [(0.2, 0.3), (0.5, 0.0), (0.0, 0.4), (0.0, 0.0), (0.0, 1.0)]
-)
-def test_dpt_shares_of_hidden_prompts(coded, short, empty):
-    batch = sample_dpt(coded, 8, 2, 1, generator(), queries=2000, short=short, empty=empty)
-    visible, steps, whole = batch.visible.flatten(), 2 * T, 1 - empty - short
-    assert visible.min() >= 0 and visible.max() <= steps
-    within = 4 * 0.5 / len(visible) ** 0.5
-    assert (visible == 0).double().mean() == pytest.approx(empty + short / (steps + 1), abs=within)
-    for episodes in (1, 2):  # whole episodes, equally often
-        share = (visible == episodes * T).double().mean()
-        assert share == pytest.approx(whole / 2 + short / (steps + 1), abs=within)
-    part = visible[visible % T != 0].double()
-    assert len(part) / len(visible) == pytest.approx(short * (steps - 2) / (steps + 1), abs=within)
-    if short:  # uniform between the ends
-        assert part.mean() == pytest.approx(steps / 2, abs=4 * steps / 12**0.5 / len(part) ** 0.5)
-        assert part.unique().numel() == steps - 2
-    if not short and empty in (0, 1):  # exactly, not only on average
-        assert (visible == 0).all() if empty else ((visible % T == 0) & (visible > 0)).all()
-
-
-# ------------------------------------------------------------------------------------ damaged folders
+# ---------------------------------------------------------------------------------- damaged folders
 @pytest.fixture
 def folder(paper_folder, tmp_path):
     """A copy that a test may damage."""
@@ -280,7 +176,7 @@ def change_meta(folder, **changes):
 
 
 def sign(folder, task=3):
-    """Put the hash of a part that was changed into meta.json, so that only its contents are at fault."""
+    """Put a changed part's hash into meta.json, so that only its contents are at fault."""
     hashes = read_meta(folder)["sha256"]
     hashes[task] = file_hash(folder / f"task-{task:03d}.npz")
     change_meta(folder, sha256=hashes)
@@ -343,7 +239,7 @@ def test_other_environment(folder):
     refused(folder, "unknown environment 'atlantis'")
 
 
-@pytest.mark.parametrize("name", ["env", "episodes", "queries", "sha256", "train_tasks"])
+@pytest.mark.parametrize("name", ["env", "data_episodes", "data_queries", "sha256", "train_tasks"])
 def test_meta_that_lacks_an_entry(folder, name):
     change_meta(folder, **{name: None})
     refused(folder, f"{name}|meta.json")
@@ -369,15 +265,15 @@ def test_flipped_byte_of_a_part(folder, place):
 
 
 def test_any_flipped_byte_of_a_part_without_a_known_checksum(folder):
-    """As in a collection that was stopped: the archive's own checksums find it, or it is a time stamp's."""
+    """As in a stopped collection: the archive's own checksums find it, or it is a time stamp's."""
     path, meta, named = folder / "task-003.npz", read_meta(folder), 0
-    whole, spec = path.read_bytes(), envs.get_family("darkroom")
-    want = load_part(folder, 3, meta, spec)
+    whole, family = path.read_bytes(), envs.get_family("darkroom")
+    want = load_part(folder, 3, meta, family)
     places = range(0, len(whole), 7)
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            found = load_part(folder, 3, meta | {"sha256": [file_hash(path)] * N}, spec)
+            found = load_part(folder, 3, meta | {"sha256": [file_hash(path)] * N}, family)
             assert all((found[name] == want[name]).all() for name in want)
         except ValueError as error:
             assert "\n" not in str(error) and "task-003.npz is not a whole part" in str(error)
@@ -439,7 +335,7 @@ def test_part_that_is_no_archive(folder):
     refused(folder, "task-003.npz")
 
 
-# ------------------------------------------------------------------------------- continuous families
+# ------------------------------------------------------------------------------ continuous families
 def test_normalise():
     states = torch.randn(500, 3, generator=generator()) * torch.tensor([1.0, 10.0, 0.1]) + 7
     got = normalise(states, states.mean(0), states.std(0))
@@ -451,30 +347,14 @@ def test_normalise():
 
 @pytest.fixture
 def continuous(tmp_path, monkeypatch):
-    """A family with 3 continuous state numbers and 2 continuous action numbers: 2 tasks of 4 episodes."""
-    spec = envs.Family(
-        "slide", 25, 3, None, 2, False, 2, 1, task_numbers=1, gym_id="", expert="sac"
-    )
-    monkeypatch.setitem(envs.FAMILIES, "slide", spec)
-    rng, hashes = np.random.default_rng(0), []
-    for task in range(2):
-        path = tmp_path / f"task-{task:03d}.npz"
-        np.savez_compressed(
-            path,
-            states=(rng.normal(size=(4, 25, 3)) * [1, 10, 0.1] + [5, -3, task]).astype(np.float32),
-            actions=rng.uniform(-1, 1, (4, 25, 2)).astype(np.float32),
-            rewards=-rng.random((4, 25)).astype(np.float32),
-            query_states=rng.normal(size=(6, 3)).astype(np.float32),
-            query_actions=rng.uniform(-1, 1, (6, 2)).astype(np.float32),
-        )
-        hashes.append(file_hash(path))
-    meta = {"format": FORMAT, "env": "slide", "episodes": 4, "queries": 6, "train_tasks": [0, 1]}
-    (tmp_path / "meta.json").write_text(json.dumps({**meta, "sha256": hashes}))
+    """Three state and two action numbers, continuous: 2 tasks of 4 episodes of 25 steps."""
+    monkeypatch.setitem(envs.FAMILIES, "slide", "toys:SLIDE")
+    write_continuous(tmp_path, "slide", SLIDE)
     return load_dataset(tmp_path, "slide")
 
 
 def test_continuous_states_are_normalised_over_all_training_tasks(continuous):
-    batch = sample_ad(continuous, batch=2, episodes=4, draws=1, rng=generator())  # every state once
+    batch = sample_ad(continuous, 2, 4, 1, generator())  # every state once
     states = batch.prompt.states.flatten(0, 1)
     torch.testing.assert_close(states.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(states.std(0), torch.ones(3), atol=1e-4, rtol=0)
@@ -483,7 +363,7 @@ def test_continuous_states_are_normalised_over_all_training_tasks(continuous):
 
 
 def test_continuous_actions_and_queries_keep_their_axis(continuous):
-    batch = sample_dpt(continuous, batch=2, episodes=1, draws=1, rng=generator(), queries=7)
+    batch = sample_queries(continuous, 2, 1, 1, generator(), queries=7)
     assert batch.prompt.actions.shape == (2, 25, 2) and batch.query_actions.shape == (2, 7, 2)
     assert batch.prompt.actions.dtype == batch.query_actions.dtype == torch.float32
     stored = (

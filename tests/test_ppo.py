@@ -1,4 +1,4 @@
-"""Experts by PPO (paper App. D.2, Table 3): training, its policies on disk, and that a run continues bit for bit.
+"""PPO (App. D.2, Table 3): training, its policies on disk, and that a run continues bit for bit.
 
 The environment is a point in the plane that is paid for being near a corner, ten steps an episode.
 Run: pytest tests/test_ppo.py
@@ -23,8 +23,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
 from support import files
-from teachers import ppo as module
-from teachers.ppo import STATE, PPOConfig, build, read_state, restore, stream, train_ppo
+from teachers.ppo import PPOConfig, build, restore, segment_seed, state_tensors, train_ppo
+from teachers.sac import STATE, read_state, save_state
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -34,7 +34,7 @@ HORIZON = 10
 
 
 class Point(gym.Env):
-    """Starts anywhere in the unit square around 0, moves by half the action, is paid minus its distance to (1, 1)."""
+    """Starts in a square around 0, moves by half the action, is paid minus its way to (1, 1)."""
 
     def __init__(self, extra=0):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2 + extra,), np.float64)
@@ -87,7 +87,7 @@ def settings(cfg):
 def loaded(folder, cfg):
     """The model of a folder's state."""
     model = build(Point(), cfg, SEED)
-    restore(model, read_state(folder / STATE, settings(cfg))[0], folder / STATE)
+    restore(model, read_state(folder, "ppo-state", settings(cfg))[0], folder)
     return model
 
 
@@ -100,7 +100,7 @@ def forward(tensors, x):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of four segments that nothing interrupted, and its reports; tests that change it copy it first."""
+    """An uninterrupted run of four segments, its reports; tests that change it copy it."""
     folder, reports = tmp_path_factory.mktemp("ppo") / "whole", []
     torch.set_num_threads(1)
     train_ppo(Point, SMALL, SEED, folder, lambda *report: reports.append(report))
@@ -112,7 +112,7 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole[0], tmp_path / "copy")
 
 
-# ------------------------------------------------------------------------------------------ the algorithm
+# ------------------------------------------------------------------------------------ the algorithm
 def play(tensors, episodes=200):
     """Mean return of the clipped mean action of a stored policy; of uniform actions without one."""
     rng, env, total = np.random.default_rng(0), Point(), 0.0
@@ -184,18 +184,18 @@ def test_first_segment_is_plain_stable_baselines3(tmp_path):
         batch_size=32,
         n_epochs=2,
         gamma=0.9,
-        seed=stream(SEED, 0),
+        seed=segment_seed(SEED, 0),
         device="cpu",
     )
     plain.set_logger(Logger(None, []))
-    plain.set_random_seed(stream(SEED, 1))
+    plain.set_random_seed(segment_seed(SEED, 1))
     plain.learn(64)
     for name, value in plain.policy.state_dict().items():
         assert torch.equal(value, load_file(tmp_path / STATE)[f"policy.{name}"]), name
 
 
 def test_every_segment_starts_from_its_own_seed(tmp_path):
-    seeds, starts, model_seeds = [], [], [stream(SEED, segment) for segment in range(5)]
+    seeds, starts, model_seeds = [], [], [segment_seed(SEED, segment) for segment in range(5)]
 
     class Watched(Point):
         def reset(self, *, seed=None, options=None):
@@ -222,7 +222,7 @@ def test_every_segment_trains_on(whole):
     )  # segments x epochs x minibatches: Adam is never restarted
 
 
-# ---------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 def test_names_headers_and_shapes(whole):
     folder, _ = whole
     names = [f"step-{step:010d}.safetensors" for step in (64, 128, 192, 256)]
@@ -287,7 +287,8 @@ def test_stored_policy_acts_like_the_trained_one(whole):
 
 
 def test_same_seed_same_bytes_other_seed_other(whole, tmp_path):
-    code = "import sys, torch; from pathlib import Path; from test_ppo import *; torch.set_num_threads(1); "
+    code = "import sys, torch; from pathlib import Path; from test_ppo import *; "
+    code += "torch.set_num_threads(1); "
     code += (
         "train_ppo(Point, SMALL, SEED, Path(sys.argv[1]))"  # another process hashes and orders anew
     )
@@ -317,7 +318,7 @@ def test_policies_of_a_deleted_state_are_not_mixed_with_new_ones(whole, copy):
     ]
 
 
-# ------------------------------------------------------------------------------------ stop and continue
+# -------------------------------------------------------------------------------- stop and continue
 def stopping(at, reports):
     def report(step, value):
         reports.append((step, value))
@@ -374,7 +375,7 @@ def test_stopped_between_policy_and_state(whole, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             train_ppo(Point, SMALL, SEED, tmp_path)
     assert written == ["step-0000000064.safetensors", STATE, "step-0000000128.safetensors", STATE]
-    assert read_state(tmp_path / STATE, settings(SMALL))[1] == 64
+    assert read_state(tmp_path, "ppo-state", settings(SMALL))[1] == 64
     scramble()
     train_ppo(Point, SMALL, SEED, tmp_path)
     assert contents(tmp_path) == contents(whole[0])
@@ -393,7 +394,7 @@ def test_state_holds_everything(whole):
     """Loading and saving again gives the same bytes; the value network is in it."""
     folder, _ = whole
     model, again = loaded(folder, SMALL), folder.parent / "again"
-    module.save_state(again, model, 256, settings(SMALL))
+    save_state(again, "ppo-state", state_tensors(model), 256, settings(SMALL))
     assert (again / STATE).read_bytes() == (folder / STATE).read_bytes()
     names = load_file(folder / STATE)
     assert "policy.value_net.weight" in names
@@ -439,7 +440,7 @@ def test_nothing_else_is_written(tmp_path, monkeypatch):
     assert not list((tmp_path / "tmp").iterdir())
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def refused(folder, message, cfg=SMALL, seed=SEED, env=Point):
     """One line that names the file and what to do; nothing is changed."""
     before = contents(folder)
@@ -449,7 +450,7 @@ def refused(folder, message, cfg=SMALL, seed=SEED, env=Point):
     assert (
         "\n" not in text
         and str(folder / STATE) in text
-        and "delete it to train this task anew" in text
+        and f"delete {folder} to train its tasks anew" in text
     )
     assert contents(folder) == before
 
@@ -479,7 +480,7 @@ def test_foreign_state_is_named(copy, about):
 
 def test_state_of_another_kind_or_format_is_named(copy):
     shutil.copy(copy / "step-0000000064.safetensors", copy / STATE)
-    refused(copy, "no PPO state of format 1")
+    refused(copy, "no ppo-state of format 1")
     about = {
         "t2mir": "2",
         "kind": "ppo-state",
@@ -487,7 +488,7 @@ def test_state_of_another_kind_or_format_is_named(copy):
         "settings": json.dumps(settings(SMALL)),
     }
     files.save_tensors(copy / STATE, {"a": torch.zeros(3)}, about)
-    refused(copy, "no PPO state of format 1")
+    refused(copy, "no ppo-state of format 1")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""SAC of many tasks at once: stable-baselines3's numbers, tasks that do not touch, runs that continue bit for bit.
+"""SAC of many tasks at once: stable-baselines3's numbers, and tasks that do not touch.
+
+Runs that are stopped continue bit for bit.
 
 Run: pytest tests/test_sac.py
 """
@@ -20,8 +22,8 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from torch.nn.functional import linear
 
-from envs import Family, random_returns
-from families.rooms import BatchedPointRobot, point_robot_optimum
+from envs import make_batch, random_returns
+from families.point_robot import POINT_ROBOT, BatchedPointRobot, point_robot_optimum
 from support.files import save_tensors
 from teachers import sac as module
 from teachers.sac import (
@@ -78,7 +80,7 @@ def everything(agents):
 
 
 def rows_of(agents, task):
-    """What `everything` of an agent of one task would hold; both critics of all tasks are in one stack."""
+    """What `everything` of an agent of one task would hold; all critics are in one stack."""
     found = {}
     for name, value in everything(agents).items():
         if value.ndim == 3:
@@ -87,7 +89,7 @@ def rows_of(agents, task):
     return found
 
 
-# ------------------------------------------------------------------------------------ stable-baselines3's
+# ------------------------------------------------------------------------------ stable-baselines3's
 class Toy(gym.Env):
     def __init__(self):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (DS,), np.float32)
@@ -120,10 +122,10 @@ def stacked(model, read=lambda network, weight: weight):
 
 @pytest.mark.parametrize("updates", [1, 8])
 def test_updates_are_stable_baselines3s(monkeypatch, updates):
-    """Weights, moments and losses, in double precision, so that nothing but the arithmetic's order can differ."""
+    """Weights, moments and losses, in double precision: only the order of sums can differ."""
     model = SAC(
-        "MlpPolicy", Toy(), UPDATES.lr, buffer_size=200, batch_size=ROWS, tau=0.005, gamma=0.99, ent_coef=0.2,
-        policy_kwargs={"net_arch": [16, 16]}, seed=0, device="cpu",
+        "MlpPolicy", Toy(), UPDATES.lr, buffer_size=200, batch_size=ROWS, tau=0.005, gamma=0.99,
+        ent_coef=0.2, policy_kwargs={"net_arch": [16, 16]}, seed=0, device="cpu",
     )  # fmt: skip
     logged = {}
     model.set_logger(Logger(None, []))
@@ -187,8 +189,9 @@ def test_updates_are_stable_baselines3s(monkeypatch, updates):
             if not name.startswith("target"):
                 torch.testing.assert_close(ours[f"adam.{name}.{moment}"], value, **close)
     assert ours["adam.actor.0.step"] == updates
-    assert not any(torch.equal(value, ours[name.replace("critic", "target")]) for name, value in ours.items()
-                   if name.startswith("critic"))  # fmt: skip
+    for name, value in ours.items():
+        if name.startswith("critic"):
+            assert not torch.equal(value, ours[name.replace("critic", "target")])
 
 
 def test_table_2_and_official_sizes():
@@ -209,7 +212,7 @@ def test_table_2_and_official_sizes():
         )
 
 
-# ------------------------------------------------------------------------------------------------ stacking
+# ----------------------------------------------------------------------------------------- stacking
 def test_stacked_networks_are_those_of_each_task():
     rng = torch.Generator().manual_seed(0)
     weights, x = init_mlp(3, (4, 16, 16, 2), rng), torch.randn(3, 10, 4, generator=rng)
@@ -251,7 +254,7 @@ def test_three_tasks_together_are_three_alone():
 
 @pytest.mark.parametrize("changed", range(5))
 def test_nothing_of_a_task_reaches_another(changed):
-    """Another sample for task 1 (states, actions, rewards, next states, noise) leaves 0 and 2 bit for bit."""
+    """Another sample for task 1 (states, actions, ..., noise) leaves 0 and 2 bit for bit."""
     one, other = (StackedSAC(3, DS, DA, UPDATES, 1) for _ in range(2))
     for sample in draws(0, 3, count=3):
         one.update(*sample)
@@ -266,7 +269,7 @@ def test_nothing_of_a_task_reaches_another(changed):
 
 
 def test_the_actors_step_leaves_the_critics():
-    """Gradients of the actor's loss flow through the critics; theirs are of their own loss alone."""
+    """The actor's gradients flow through the critics; theirs are of their own loss alone."""
     agents = StackedSAC(2, DS, DA, UPDATES, 1)
     (sample,) = draws(0, 2)
     s, a, r, s2, noise = sample
@@ -294,7 +297,7 @@ def test_played_actions_are_the_policys():
     assert (torch.corrcoef(flat) - torch.eye(3 * DA)).abs().max() < 0.08  # noise of their own
 
 
-# ------------------------------------------------------------------------------------------- log density
+# -------------------------------------------------------------------------------------- log density
 def test_log_density_by_a_change_of_variables():
     """The Gaussian's density over the slope of tanh, the slope taken numerically."""
     rng = torch.Generator().manual_seed(0)
@@ -333,7 +336,7 @@ def test_deviations_are_limited_and_everything_stays_finite():
     assert log_density.isfinite().all() and out.grad.isfinite().all()
 
 
-# -------------------------------------------------------------------------------------------------- replay
+# ------------------------------------------------------------------------------------------- replay
 def step_of(number, n=2):
     """A step whose every number says which it is: 100 * task + number."""
     value = 100 * torch.arange(n) + number
@@ -372,9 +375,11 @@ def test_replay_gives_what_is_there_and_no_more():
     assert (counts - 50).abs().max() < 30  # all as often
 
 
-# ---------------------------------------------------------------------------------------------- train_sac
+# ---------------------------------------------------------------------------------------- train_sac
 class Watched(BatchedPointRobot):
     """Remembers the steps it was asked for: states, actions, rewards, next states of each."""
+
+    family = POINT_ROBOT
 
     def __init__(self, tasks=GOALS):
         super().__init__(tasks)
@@ -403,7 +408,7 @@ def train(folder, cfg=SMALL, seed=SEED, **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of four segments that nothing interrupted, and its reports; tests that change it copy it first."""
+    """An uninterrupted run of four segments, its reports; tests that change it copy it."""
     folder, reports = tmp_path_factory.mktemp("sac") / "whole", []
     torch.set_num_threads(1)
     train(folder, report=lambda *report: reports.append(report))
@@ -455,7 +460,7 @@ def test_names_headers_and_contents(whole):
 def test_warm_up_is_random_and_without_updates(tmp_path):
     batch = train(tmp_path, replace(SMALL, steps=800, warmup=800, save_every=800))
     first, after = (
-        StackedSAC(2, 2, 2, SMALL, module._seed(*SEED, 0)[0]),
+        StackedSAC(2, 2, 2, SMALL, module.two_seeds(*SEED, 0)[0]),
         load_file(tmp_path / STATE),
     )
     for name, value in first.tensors().items():
@@ -507,7 +512,7 @@ def test_then_the_policy_plays_and_learns_once_a_step(tmp_path, monkeypatch):
 
 
 def test_replay_is_what_was_played(tmp_path):
-    """Steps of all segments, in order; the last of an episode leads to its own next state, not to the new start."""
+    """Steps of all segments in order; an episode's last leads to no new start."""
     batch, state = train(tmp_path), load_file(tmp_path / STATE)
     for i, name in enumerate(("states", "actions", "rewards", "following")):
         played = np.stack([step[i] for step in batch.steps], 1)
@@ -552,7 +557,7 @@ def test_segments_do_not_depend_on_how_many_follow(whole, tmp_path):
         assert policy_file(tmp_path, step).read_bytes() == policy_file(whole[0], step).read_bytes()
 
 
-# -------------------------------------------------------------------------------------- stop and continue
+# -------------------------------------------------------------------------------- stop and continue
 def stopping(at, reports):
     def report(step, value):
         reports.append((step, value))
@@ -611,9 +616,7 @@ def test_states_are_seldom_but_for_the_last(tmp_path, monkeypatch):
 
     save = module.save_state
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        module, "save_state", lambda *args: saved.append(args[2].seen) or save(*args)
-    )
+    monkeypatch.setattr(module, "save_state", lambda *args: saved.append(args[3]) or save(*args))
     train(tmp_path, replace(SMALL, steps=400, warmup=400), report=report, keep_seconds=120)
     assert saved == [120, 240, 360, 400]
 
@@ -624,7 +627,7 @@ def test_finished_run_returns_at_once(copy):
     assert {path: path.stat().st_mtime_ns for path in copy.iterdir()} == before
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def refused(folder, message, cfg=SMALL, seed=SEED, batch=None):
     """One line that names the file and what to do; nothing is changed."""
     before = contents(folder)
@@ -652,7 +655,7 @@ def test_damaged_state_is_named(copy, damage):
 
 def test_state_of_another_kind_is_named(copy):
     shutil.copy(policy_file(copy, 40), copy / STATE)
-    refused(copy, "other settings")
+    refused(copy, "no sac-state of format 1")
 
 
 @pytest.mark.parametrize(
@@ -679,7 +682,7 @@ def test_state_of_other_seeds_or_tasks_is_named(copy):
 class Wide(Watched):
     """Three numbers a state."""
 
-    spec = Family("wide", 20, 3, None, 2, False, 1, 1, 1, "", "sac")
+    family = replace(POINT_ROBOT, name="wide", state_dim=3)
 
     def reset(self):
         return np.pad(super().reset(), ((0, 0), (0, 1)))
@@ -708,13 +711,13 @@ def test_impossible_settings_are_one_line(tmp_path, change):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------ learning
+# ----------------------------------------------------------------------------------------- learning
 def test_learns_on_point_robot(tmp_path):
     goals = [[0.8, -0.3], [-0.5, 0.9], [0.2, 0.2], [-0.9, -0.7]]
     cfg = SACConfig(
         steps=700, warmup=100, save_every=700, lr=1e-3, alpha=0.05, hidden=32, batch=64, replay=700
     )
-    train_sac(BatchedPointRobot(goals), cfg, SEED, tmp_path)
+    train_sac(make_batch("point-robot", goals), cfg, SEED, tmp_path)
     found = load_file(policy_file(tmp_path, 700))
     batch = BatchedPointRobot(np.repeat(goals, 50, axis=0), seed=1)
     states, total = batch.reset(), 0.0

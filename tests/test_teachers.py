@@ -1,8 +1,9 @@
-"""Teachers (App. D.2, Tables 2 and 3): settings, policies, roll-outs, levels, and the datasets that they make.
+"""Teachers (App. D.2, Tables 2 and 3): settings, policies, levels, and the datasets they make.
 
-The tiny Point-Robot dataset of conftest.py, whose teachers learn in seconds; constant policies, whose actions tell who
-played; whole commands that are interrupted, killed, run beside each other or meet damaged files.
-Run: pytest tests/test_experts.py
+The tiny Point-Robot dataset of conftest.py, whose teachers learn in seconds; constant policies,
+whose actions tell who played; whole commands that are interrupted, killed, run beside each other or
+meet damaged files. A discrete family, taught by PPO: test_discrete_teachers.py.
+Run: pytest tests/test_teachers.py
 """
 
 import json
@@ -17,30 +18,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import at_home, changed, contents, flags, start
 from scipy.stats import kstest
-from tiny import at_home, contents, flags, start
 
-from collect import collect, dataset_folder, maximum
+from collect import collect, dataset_folder, maximum, split_of
+from config import Data, Teachers
 from data import load_dataset, part_name
 from envs import get_family, make_batch, random_returns, split_tasks
-from families.rooms import point_robot_move
+from families.point_robot import point_robot_move
 from support import files
+from teachers import rollouts
 from teachers import teachers as module
 from teachers.ppo import PPOConfig
-from teachers.sac import STATE, SACConfig, policy_file, save_policies
+from teachers.rollouts import Policies, join, load_policies, make_part, parts_of, rollout
+from teachers.sac import STATE, WEIGHTS, SACConfig, policy_file, save_policies
 from teachers.teachers import (
     PAPER,
     Group,
-    Policies,
-    TeacherConfig,
-    Teachers,
+    TrainedTeachers,
+    algorithm,
     checkpoints,
     groups_of,
-    join,
-    load_policies,
-    make_part,
-    parts_of,
-    rollout,
     teachers_folder,
     train_group,
     train_teachers,
@@ -58,7 +56,16 @@ def one_line(error, *parts):
     assert "\n" not in text and all(str(part) in text for part in parts), text
 
 
-# ------------------------------------------------------------------------------ settings (Tables 2 and 3)
+def teachers(**given) -> Teachers:
+    """Settings of teachers by their names without `teacher_`."""
+    return Teachers(**{f"teacher_{name}": value for name, value in given.items()})
+
+
+def trained_by(env, **given):
+    return algorithm(env, teachers(**given))
+
+
+# ---------------------------------------------------------------------- settings (Tables 2 and 3)
 TABLE_2 = {  # steps, warm-up, steps between checkpoints
     "point-robot": (2000, 100, 20),
     "cheetah-vel": (250_000, 2000, 10_000),
@@ -69,19 +76,19 @@ TABLE_2 = {  # steps, warm-up, steps between checkpoints
 
 @pytest.mark.parametrize("env", TABLE_2)
 def test_table_2_is_the_default_of_sac(env):
-    found = TeacherConfig(env).algorithm()
+    found = trained_by(env)
     assert (
         type(found) is SACConfig and (found.steps, found.warmup, found.save_every) == TABLE_2[env]
     )
     assert (found.lr, found.tau, found.gamma, found.alpha) == (3e-4, 0.005, 0.99, 0.2)
-    assert len(checkpoints(TeacherConfig(env))) == {"point-robot": 100, "cheetah-vel": 25}.get(
+    assert len(checkpoints(found)) == {"point-robot": 100, "cheetah-vel": 25}.get(
         env, found.steps // 10_000
     )
 
 
 @pytest.mark.parametrize(("env", "steps"), [("reach", 400_000), ("push", 1_000_000)])
 def test_table_3_is_the_default_of_ppo(env, steps):
-    found = TeacherConfig(env).algorithm()
+    found = trained_by(env)
     assert type(found) is PPOConfig and found.steps == steps
     assert (found.n_steps, found.batch, found.epochs, found.lr, found.gamma) == (
         2048,
@@ -102,21 +109,17 @@ def test_settings_override_the_tables():
         "lr": 0.01,
         "alpha": 0.3,
     }
-    assert TeacherConfig("cheetah-vel", **given).algorithm() == replace(
-        PAPER["cheetah-vel"], **given
-    )
-    assert (
-        TeacherConfig("point-robot", steps=400).algorithm().replay == 400
-    )  # it holds all of the training
-    assert TeacherConfig("cheetah-vel", steps=400, save_every=200).algorithm().replay == 10_000
+    assert trained_by("cheetah-vel", **given) == replace(PAPER["cheetah-vel"], **given)
+    assert trained_by("point-robot", steps=400).replay == 400  # it holds all of the training
+    assert trained_by("cheetah-vel", steps=400, save_every=200).replay == 10_000
     given = {"steps": 5000, "save_every": 3000, "batch": 32, "lr": 0.01}
-    assert TeacherConfig("reach", **given).algorithm() == replace(PAPER["reach"], **given)
+    assert trained_by("reach", **given) == replace(PAPER["reach"], **given)
 
 
 def test_checkpoints_are_those_that_training_writes():
-    assert checkpoints(TeacherConfig("point-robot", steps=120, save_every=40)) == [40, 80, 120]
-    assert checkpoints(TeacherConfig("reach", steps=5000)) == [2048, 4096, 6144]  # whole rollouts
-    assert checkpoints(TeacherConfig("reach", steps=5000, save_every=3000)) == [4096, 6144]
+    assert checkpoints(trained_by("point-robot", steps=120, save_every=40)) == [40, 80, 120]
+    assert checkpoints(trained_by("reach", steps=5000)) == [2048, 4096, 6144]  # whole rollouts
+    assert checkpoints(trained_by("reach", steps=5000, save_every=3000)) == [4096, 6144]
 
 
 @pytest.mark.parametrize(
@@ -133,51 +136,48 @@ def test_checkpoints_are_those_that_training_writes():
         ("point-robot", {"lr": float("nan")}, "positive"),
         ("reach", {"steps": -1}, "positive"),
         ("point-robot", {"group": 0}, "positive"),
-        ("point-robot", {"level_episodes": 0}, "positive"),
         ("nope", {}, "nope"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(env, given, named):
     with pytest.raises(ValueError) as error:
-        TeacherConfig(env, **given).algorithm()
+        trained_by(env, **given)
     one_line(error, named)
 
 
 def test_a_family_of_the_users_has_settings_too(tmp_path):
     file = tmp_path / "cart.py"
     file.write_text(
-        "from envs import Family\nSPEC = Family('cart', 30, 2, None, 1, False, 20, 5, 2, '', 'sac')\n"
-        "Batch = sample_tasks = None\n"
+        "from envs import Family\n"
+        "CART = Family('cart', 30, 2, 1, 20, 5, (0, 0), (1, 1), batch=min, sample_tasks=min)\n"
     )
-    cfg = TeacherConfig(str(file), steps=600, lr=0.01)
-    want = SACConfig(600, 150, 150, lr=0.01, hidden=64, replay=600)
-    assert cfg.algorithm() == want and checkpoints(cfg) == [150, 300, 450, 600]
-    assert len(checkpoints(TeacherConfig(str(file)))) == 40
-    assert teachers_folder(Path("data"), cfg, [[0.0, 0.1]]).parent == Path(
-        "data/teachers"
-    )  # not beside the file
+    found = trained_by(str(file), steps=600, lr=0.01)
+    assert found == SACConfig(600, 150, 150, lr=0.01, hidden=64, replay=600)
+    assert checkpoints(found) == [150, 300, 450, 600]
+    assert len(checkpoints(trained_by(str(file)))) == 40
+    folder = teachers_folder(Path("data"), str(file), teachers(steps=600), [[0.0, 0.1]])
+    assert folder.parent == Path("data/teachers")  # not beside the file
 
 
-# ------------------------------------------------------------------------------------------ policies
+# ----------------------------------------------------------------------------------------- policies
 def policies(kind, many=3, ds=4, da=2, hidden=5, scale=1.0):
     """Random ones; PPO's are large enough to be clipped."""
     rng = torch.Generator().manual_seed(1)
     sizes = [(ds, hidden), (hidden, hidden), (hidden, 2 * da if kind == "sac" else da)]
-    weights = []
-    for fan_in, fan_out in sizes:
-        weights += [
-            torch.randn(many, *shape, generator=rng) * scale
-            for shape in ((fan_in, fan_out), (1, fan_out))
-        ]
-    log_std = torch.randn(many, 1, da, generator=rng) * 0.3 - 2.5 if kind == "ppo" else None
-    return Policies(kind, weights, log_std)
+    tensors = {}
+    for i, (fan_in, fan_out) in enumerate(sizes):
+        for name, rows in ((f"w{i}", fan_in), (f"b{i}", 1)):
+            tensors[name] = torch.randn(many, rows, fan_out, generator=rng) * scale
+    if kind == "ppo":
+        tensors["log_std"] = torch.randn(many, 1, da, generator=rng) * 0.3 - 2.5
+    return Policies(kind, tensors)
 
 
 def head(p, m, state):
     """The output of network m for one state, layer by layer."""
     x = state.double().numpy()
     for i in range(3):
-        x = x @ p.weights[2 * i][m].double().numpy() + p.weights[2 * i + 1][m, 0].double().numpy()
+        x = x @ p.tensors[f"w{i}"][m].double().numpy() + p.tensors[f"b{i}"][m, 0].double().numpy()
         if i < 2:
             x = np.maximum(x, 0) if p.kind == "sac" else np.tanh(x)
     return x
@@ -215,7 +215,9 @@ def test_sampled_actions_are_gaussian_and_repeatable(kind):
     for m in range(3):
         out = head(p, m, states[m, 0])
         mean, std = (
-            (out[:2], np.exp(out[2:])) if kind == "sac" else (out, p.log_std[m, 0].exp().numpy())
+            (out[:2], np.exp(out[2:]))
+            if kind == "sac"
+            else (out, p.tensors["log_std"][m, 0].exp().numpy())
         )
         got = (
             np.arctanh(found[m].double().numpy().clip(-1 + 1e-7, 1 - 1e-7))
@@ -236,9 +238,7 @@ def test_sampled_actions_are_gaussian_and_repeatable(kind):
 def test_stacked_policies_are_the_single_ones(kind):
     p, states = policies(kind), torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
     single = [
-        Policies(
-            kind, [w[m : m + 1] for w in p.weights], None if kind == "sac" else p.log_std[m : m + 1]
-        )
+        Policies(kind, {name: tensor[m : m + 1] for name, tensor in p.tensors.items()})
         for m in range(3)
     ]
     whole = p.act(states)
@@ -253,17 +253,11 @@ def test_stacked_policies_are_the_single_ones(kind):
     assert torch.equal(*sampled) and not torch.equal(sampled[0], whole[[2, 0]])
 
 
-def named(p):
-    """Tensors of a checkpoint by their names in the file."""
-    found = {f"{'wb'[i % 2]}{i // 2}": weight for i, weight in enumerate(p.weights)}
-    return found | ({} if p.log_std is None else {"log_std": p.log_std})
-
-
 @pytest.mark.parametrize("kind", ["sac", "ppo"])
 def test_loaded_policies_are_the_saved_ones(kind, tmp_path):
     stacks = {20: policies(kind), 40: policies(kind, scale=0.2)}
     for step, p in stacks.items():
-        save_policies(tmp_path, step, kind, named(p))
+        save_policies(tmp_path, step, kind, p.tensors)
     states = torch.randn(1, 6, 4)
     found = load_policies(tmp_path, [40, 20, 40], 1).act(states.expand(3, -1, -1))
     rows = load_policies(tmp_path, [20, 40]).act(states.expand(6, -1, -1))
@@ -300,7 +294,7 @@ DAMAGE = {
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_checkpoint_is_named(tmp_path, how):
     for step in (20, 40):
-        save_policies(tmp_path, step, "sac", named(policies("sac")))
+        save_policies(tmp_path, step, "sac", policies("sac").tensors)
     DAMAGE[how](policy_file(tmp_path, 40))
     load_policies(tmp_path, [20])
     with pytest.raises(ValueError) as error:
@@ -308,13 +302,14 @@ def test_damaged_checkpoint_is_named(tmp_path, how):
     one_line(error, policy_file(tmp_path, 40), f"delete {tmp_path} to train")
 
 
-# ------------------------------------------------------------------------------------------ roll-outs
+# ---------------------------------------------------------------------------------------- roll-outs
 GOALS = [[0.5, -0.5], [-1.0, 0.2], [0.05, 0.9]]
 
 
 def check_point_robot(goal, states, actions, rewards):
-    """Stored steps of Point-Robot (E, 20, ...): each state is the one before, moved; a reward is minus the distance of
-    the place it leads to.
+    """Stored steps of Point-Robot (E, 20, ...): each state is the one before, moved.
+
+    A reward is minus the distance of the place it leads to.
     """
     after = point_robot_move(np.asarray(states, float), np.asarray(actions, float))
     assert (np.abs(states[:, 0]) <= 0.1).all() and len(
@@ -371,7 +366,7 @@ def test_rollouts_are_those_of_the_environment(env, monkeypatch):
     """The stored actions, played again from the same starts."""
     ds, da, tasks = ELSEWHERE[env]
     made, make = [], make_batch
-    monkeypatch.setattr(module, "make_batch", lambda *args: made.append(args) or make(*args))
+    monkeypatch.setattr(rollouts, "make_batch", lambda *args: made.append(args) or make(*args))
     played = rollout(policies("sac", 2, ds, da, scale=0.2), env, tasks, 2, (1, 2), True)
     assert made[0][:2] == (env, [tasks[0], tasks[0], tasks[1], tasks[1]])
     batch = make(*made[0])
@@ -388,13 +383,23 @@ def test_rollouts_are_those_of_the_environment(env, monkeypatch):
 @pytest.fixture
 def known():
     """Four checkpoints of three tasks in groups of two and one, by hand."""
-    cfg = TeacherConfig("point-robot", group=2)
-    groups = [Group(cfg, 0, ["a", "b"], "first"), Group(cfg, 1, ["c"], "second")]
+    sac = PAPER["point-robot"]
+    groups = [
+        Group("point-robot", sac, (0, 0), ["a", "b"], "first"),
+        Group("point-robot", sac, (0, 1), ["c"], "second"),
+    ]
     sampled = np.array([[-40, -11, -5.5], [-20, -10.5, -6], [-12, -12, -5], [-14, -13, -5.8]])
     mean = np.array([[-35, -12, -6], [-22, -11, -5.5], [-10, -10.2, -5], [-20, -13, -6.5]])
     random = np.array([-30.0, -10.0, -15.0])
-    return Teachers(
-        cfg, groups, [20, 40, 60, 80], sampled, sampled.max(0) + 1, mean, np.zeros((4, 3)), random
+    return TrainedTeachers(
+        "point-robot",
+        groups,
+        [20, 40, 60, 80],
+        sampled,
+        sampled.max(0) + 1,
+        mean,
+        np.zeros((4, 3)),
+        random,
     )
 
 
@@ -434,19 +439,19 @@ def test_place_of_a_task(known):
 
 def test_groups_and_their_folders(tmp_path):
     tasks = [[0.1 * i, 0.0] for i in range(7)]
-    found = groups_of(TeacherConfig("point-robot", group=3), tasks, tmp_path)
+    found = groups_of("point-robot", teachers(group=3), tasks, tmp_path)
     assert [group.tasks for group in found] == [tasks[:3], tasks[3:6], tasks[6:]]
     assert [Path(group.folder).name for group in found] == ["group-000", "group-001", "group-002"]
-    single = groups_of(TeacherConfig("reach", group=3), tasks, tmp_path)  # PPO stacks nothing
+    single = groups_of("reach", teachers(group=3), tasks, tmp_path)  # PPO stacks nothing
     assert [group.tasks for group in single] == [[task] for task in tasks]
 
 
 def test_highest_return_of_a_dataset():
-    found = {"reference": {"train": {"random": [-20.0, 0.0], "highest": [-10.0, 50.0]}}}
+    found = {"random": [-20.0, 0.0], "highest": [-10.0, 50.0]}
     assert maximum(found, np.array([[-15.0, -19.0], [10.0, 60.0]])) == [0.5, 1.2]
 
 
-# --------------------------------------------------------------------------------- a task of a dataset
+# ------------------------------------------------------------------------------ a task of a dataset
 def constant(known_tasks, checkpoint):
     """Stacked SAC policies that always act the same: what they do tells task and checkpoint."""
     many = len(known_tasks)
@@ -454,7 +459,8 @@ def constant(known_tasks, checkpoint):
     for m, task in enumerate(known_tasks):
         out[m, 0, :2] = torch.atanh(torch.tensor(mark(task, checkpoint)))
     shapes = (2, 3), (1, 3), (3, 3), (1, 3), (3, 4)
-    return Policies("sac", [torch.zeros(many, *shape) for shape in shapes] + [out])
+    weights = [torch.zeros(many, *shape) for shape in shapes] + [out]
+    return Policies("sac", dict(zip(WEIGHTS, weights, strict=True)))
 
 
 def mark(task, checkpoint):
@@ -472,35 +478,42 @@ def read(actions):
 
 @pytest.fixture
 def marked(tmp_path):
-    """Five tasks in two groups, four checkpoints each: levels 0, 0.4, 0.7 and 1, those of the fifth task 0.9 to 1."""
-    cfg = TeacherConfig("point-robot", group=3)
+    """Five tasks in two groups, checkpoints of levels 0, 0.4, 0.7, 1; of the fifth 0.9 to 1."""
     tasks = [[0.3, 0.1 * i] for i in range(5)]
-    groups = groups_of(cfg, tasks, tmp_path)
+    groups = groups_of("point-robot", teachers(group=3), tasks, tmp_path)
     for group, numbers in zip(groups, ([0, 1, 2], [3, 4]), strict=True):
         for i in range(4):
-            save_policies(Path(group.folder), 20 * (i + 1), "sac", named(constant(numbers, i)))
+            save_policies(Path(group.folder), 20 * (i + 1), "sac", constant(numbers, i).tensors)
     levels = np.tile(np.array([[0], [0.4], [0.7], [1]]), 5)
     levels[:, 4] = [0.9, 0.95, 0.97, 1]
     returns, random = 10 * levels - 20, np.full(5, -20.0)
-    return Teachers(
-        cfg, groups, [20, 40, 60, 80], returns, returns.max(0), returns, np.zeros((4, 5)), random
+    return TrainedTeachers(
+        "point-robot",
+        groups,
+        [20, 40, 60, 80],
+        returns,
+        returns.max(0),
+        returns,
+        np.zeros((4, 5)),
+        random,
     )
 
 
 WITHIN = {"mixed": [0, 1, 2, 3], "medium-expert": [0, 1, 2], "medium": [0, 1]}
 
 
-def parts(teachers, folder, quality="mixed", recipe="paper", episodes=10, queries=30, seed=0):
-    return parts_of(
-        teachers,
-        5,
-        quality,
-        recipe,
-        episodes,
-        queries,
-        seed,
-        [folder / part_name(i) for i in range(5)],
+def parts(marked, folder, quality="mixed", recipe="paper", episodes=10, queries=30, seed=0):
+    data = Data(
+        env="point-robot",
+        quality=quality,
+        recipe=recipe,
+        data_episodes=episodes,
+        data_queries=queries,
+        data_seed=seed,
     )
+    tasks = [task for group in marked.groups for task in group.tasks]
+    behaviours = [marked.behaviour(quality, i) for i in range(5)]
+    return parts_of(data, tasks, behaviours, [folder / part_name(i) for i in range(5)])
 
 
 def rows_of(array):
@@ -610,19 +623,11 @@ def test_seeds_and_tasks_have_streams_of_their_own(marked, tmp_path):
     assert len(np.unique(np.concatenate(starts[:2] + starts[4:6]), axis=0)) == 32
 
 
-# ------------------------------------------------------------------------------------ other families
+# ----------------------------------------------------------------------------------- other families
 def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
-    cfg = TeacherConfig(
-        "cheetah-vel",
-        steps=400,
-        save_every=200,
-        warmup=390,
-        hidden=8,
-        batch=8,
-        level_episodes=1,
-        group=2,
-    )
-    (group,) = groups_of(cfg, [[0.5], [2.0]], tmp_path)
+    monkeypatch.setattr(module, "LEVEL_EPISODES", 1)
+    given = teachers(steps=400, save_every=200, warmup=390, hidden=8, batch=8, group=2)
+    (group,) = groups_of("cheetah-vel", given, [[0.5], [2.0]], tmp_path)
     train_group(group, alive)
     with np.load(tmp_path / "group-000" / "levels.npz") as file:
         levels = dict(file)
@@ -634,7 +639,7 @@ def test_cheetah_from_nothing_to_a_part(tmp_path, monkeypatch):
     before = written(tmp_path)
     train_group(group, alive)  # another worker was faster
     unchanged(tmp_path, before)
-    folder = teachers_folder(tmp_path, cfg, group.tasks)
+    folder = teachers_folder(tmp_path, "cheetah-vel", given, group.tasks)
     assert folder.parent == tmp_path / "teachers" and "cheetah-vel" in folder.name
     assert not (tmp_path / "group-000" / STATE).exists()  # the replay is of no use any more
     monkeypatch.setattr(module, "train_sac", None)
@@ -652,25 +657,27 @@ def test_reach_labels_are_the_behaviours_own_actions(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module, "random_returns", lambda env, tasks: np.zeros(len(tasks))
     )  # 2000 steps of physics
-    cfg = TeacherConfig("reach", level_episodes=1)
-    groups = groups_of(cfg, [[0.0, 0.85, 0.175]], tmp_path)
+    monkeypatch.setattr(module, "LEVEL_EPISODES", 1)
+    tasks = [[0.0, 0.85, 0.175]]
+    groups = groups_of("reach", Teachers(), tasks, tmp_path)
     train_group(groups[0], alive)
     with np.load(tmp_path / "group-000" / "levels.npz") as file:
         levels = {name: file[name] for name in file.files}
     assert levels["sampled"].shape == (2, 1, 1) and levels["success"].shape == (2, 1)
     returns = levels["sampled"][:, :, 0]
-    known = Teachers(
-        cfg,
+    known = TrainedTeachers(
+        "reach",
         groups,
-        checkpoints(cfg),
+        checkpoints(groups[0].trained_by),
         returns,
         returns[0],
         returns,
         levels["success"],
         levels["random"],
     )
-    (job,) = parts_of(known, 1, "mixed", "paper", 5, 40, 0, [tmp_path / "task-000.npz"])
-    assert job.behaviour == [64, 128] and not job.others and not job.random
+    data = Data(env="reach", data_episodes=5, data_queries=40)
+    (job,) = parts_of(data, tasks, [known.behaviour("mixed", 0)], [tmp_path / "task-000.npz"])
+    assert job.behaviour.steps == [64, 128] and not job.others and not job.random
     for part, own in ((job, 5), (replace(job, own=3, random=2), 3)):
         arrays = made(part)
         assert arrays["states"].shape == (5, 100, 18) and arrays["query_actions"].shape == (40, 4)
@@ -681,7 +688,7 @@ def test_reach_labels_are_the_behaviours_own_actions(tmp_path, monkeypatch):
         )
 
 
-# -------------------------------------------------------------------------------------- whole datasets
+# ----------------------------------------------------------------------------------- whole datasets
 def written(folder, part=""):
     """Bytes and time of all files with `part` in their names, locks aside."""
     return {
@@ -704,19 +711,19 @@ def unchanged(folder, before):
 @pytest.fixture
 def cfg(point_config, point_folder, tmp_path):
     """The settings of the tiny dataset for a copy of its folder, teachers included."""
-    shutil.copytree(point_config.folder, tmp_path / "data")
-    return replace(point_config, folder=str(tmp_path / "data"))
+    shutil.copytree(point_config.data.datasets, tmp_path / "data")
+    return changed(point_config, datasets=str(tmp_path / "data"))
 
 
-def experts_of(cfg):
-    (folder,) = (Path(cfg.folder) / "teachers").iterdir()
+def teachers_of(cfg):
+    (folder,) = (Path(cfg.data.datasets) / "teachers").iterdir()
     return folder
 
 
 def levels_of(cfg):
     """The arrays of all groups' levels, tasks joined."""
     found = {}
-    for group in sorted(experts_of(cfg).glob("group-*")):
+    for group in sorted(teachers_of(cfg).glob("group-*")):
         with np.load(group / "levels.npz") as file:
             for name in file.files:
                 found.setdefault(name, []).append(file[name])
@@ -741,7 +748,7 @@ def test_dataset_of_point_robot(point_config, point_folder):
     )
     best = levels["mean"].mean(2).argmax(0)
     for i in range(5):  # labels: the mean action of the best checkpoint
-        folder = experts_of(point_config) / f"group-{i // 3:03d}"
+        folder = teachers_of(point_config) / f"group-{i // 3:03d}"
         label = load_policies(folder, [40 * (best[i] + 1)], i % 3).act(data.query_states[i][None])[
             0
         ]
@@ -761,7 +768,7 @@ def test_reference_returns(point_config, point_folder):
         assert all(
             len(str(value)) < 9 for values in known.values() for value in values
         )  # three decimals
-    train, test = point_config.split()
+    train, test = split_of(point_config)
     for group in (slice(0, 3), slice(3, 6), slice(6, 7)):
         np.testing.assert_array_equal(
             levels["random"][group], random_returns("point-robot", (train + test)[group])
@@ -781,14 +788,14 @@ def test_reference_returns(point_config, point_folder):
 
 
 def test_qualities_share_one_training(cfg):
-    before = written(experts_of(cfg))
+    before = written(teachers_of(cfg))
     sampled = levels_of(cfg)["sampled"].mean(2)[:, :5]
     random = levels_of(cfg)["random"][:5]
     level = (sampled - random) / (sampled.max(0) - random)
     seen = {}
     for quality, limit in (("medium", 0.5), ("medium-expert", 0.8)):
         with at_home():
-            data = load_dataset(collect(replace(cfg, quality=quality), quiet=True))
+            data = load_dataset(collect(changed(cfg, quality=quality), quiet=True))
         want = [[40 * (c + 1) for c in np.flatnonzero(level[:, i] < limit)] for i in range(5)]
         assert data.meta["behaviour"] == want and all(want)
         assert all(value < limit for value in data.meta["best_level"])
@@ -797,15 +804,15 @@ def test_qualities_share_one_training(cfg):
         )
         seen[quality] = data.returns.mean()
     assert seen["medium"] < seen["medium-expert"]
-    assert len(list((Path(cfg.folder) / "teachers").iterdir())) == 1
-    unchanged(experts_of(cfg), before)
+    assert len(list((Path(cfg.data.datasets) / "teachers").iterdir())) == 1
+    unchanged(teachers_of(cfg), before)
 
 
 @pytest.mark.parametrize("recipe", ["explore", "wander"])
 def test_other_recipes_share_it_too(cfg, recipe):
-    before = written(experts_of(cfg))
+    before = written(teachers_of(cfg))
     with at_home():
-        data = load_dataset(collect(replace(cfg, recipe=recipe), quiet=True))
+        data = load_dataset(collect(changed(cfg, recipe=recipe), quiet=True))
     for i, goal in enumerate(data.meta["train_tasks"]):
         check_point_robot(
             goal, *(getattr(data, name)[i].numpy() for name in ("states", "actions", "rewards"))
@@ -813,37 +820,36 @@ def test_other_recipes_share_it_too(cfg, recipe):
     assert (
         data.returns.mean() < load_dataset(dataset_folder(cfg)).returns.mean() - 1
     )  # others go elsewhere
-    unchanged(experts_of(cfg), before)
+    unchanged(teachers_of(cfg), before)
 
 
-def test_experts_of_other_settings_are_others(point_config):
-    train, test = point_config.split()
+def test_teachers_of_other_settings_are_others(point_config):
+    train, test = split_of(point_config)
     tasks = train + test
-    first = teachers_folder(Path("data"), point_config.teachers(), tasks)
+
+    def folder(tasks=tasks, **changes):
+        cfg = changed(point_config, **changes)
+        return teachers_folder(Path("data"), cfg.data.env, cfg.teachers, tasks)
+
+    first = folder()
     for change in (
         {"teacher_seed": 1},
         {"teacher_group": 2},
         {"teacher_lr": 1e-4},
         {"teacher_steps": 800},
     ):
-        assert (
-            teachers_folder(Path("data"), replace(point_config, **change).teachers(), tasks)
-            != first
-        )
-        assert dataset_folder(replace(point_config, **change)) != dataset_folder(point_config)
-    assert teachers_folder(Path("data"), point_config.teachers(), tasks[:-1]) != first
-    for change in ({"quality": "medium"}, {"seed": 5}, {"episodes": 99}, {"workers": 3}):
-        assert (
-            teachers_folder(Path("data"), replace(point_config, **change).teachers(), tasks)
-            == first
-        )
+        assert folder(**change) != first
+        assert dataset_folder(changed(point_config, **change)) != dataset_folder(point_config)
+    assert folder(tasks[:-1]) != first
+    for change in ({"quality": "medium"}, {"data_seed": 5}, {"data_episodes": 99}, {"workers": 3}):
+        assert folder(**change) == first
 
 
-# ---------------------------------------------------------------------------- elsewhere, and interrupted
+# ----------------------------------------------------------------------- elsewhere, and interrupted
 def test_two_processes_give_the_same_bytes(point_config, point_folder, tmp_path):
-    collect(replace(point_config, workers=2, folder=str(tmp_path)), quiet=True)
+    collect(changed(point_config, workers=2, datasets=str(tmp_path)), quiet=True)
     assert (
-        everything(tmp_path) == everything(point_config.folder)
+        everything(tmp_path) == everything(point_config.data.datasets)
         and len(everything(tmp_path)) == 3 * 11 + 6
     )
 
@@ -859,8 +865,10 @@ def test_ray_gives_the_same_bytes(point_config, point_folder, tmp_path, monkeypa
     )
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     try:
-        collect(replace(point_config, cluster="local", folder=str(tmp_path)), quiet=True)
-        assert ray.is_initialized() and everything(tmp_path) == everything(point_config.folder)
+        collect(changed(point_config, cluster="local", datasets=str(tmp_path)), quiet=True)
+        assert ray.is_initialized() and everything(tmp_path) == everything(
+            point_config.data.datasets
+        )
     finally:
         end()
 
@@ -877,9 +885,12 @@ def until(condition, process=None):
 def test_a_stopped_command_continues_to_the_same_bytes(
     point_config, point_folder, tmp_path, number
 ):
-    """Stopped while the second group trains; the first is not touched again. Meanwhile nobody else may write."""
-    cfg = replace(point_config, folder=str(tmp_path / "data"))
-    argv = ["--preset", "paper", *flags(vars(cfg))]
+    """Stopped as the second group trains; the first is not touched again.
+
+    Meanwhile nobody else may write.
+    """
+    cfg = changed(point_config, datasets=str(tmp_path / "data"))
+    argv = ["--preset", "paper", *flags(cfg)]
     heard = {
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     }  # tests in the background ignore it
@@ -892,17 +903,17 @@ def test_a_stopped_command_continues_to_the_same_bytes(
     out, err = process.communicate(timeout=LONG)
     if number == signal.SIGINT:
         assert (
-            process.returncode == 1
+            process.returncode == 128 + signal.SIGINT
             and "stopped; the same command continues" in err
             and "Traceback" not in err
         )
     else:
         assert process.returncode == -signal.SIGKILL
-    group = experts_of(cfg) / "group-001"
+    group = teachers_of(cfg) / "group-001"
     assert not (group / "levels.npz").exists() and not list(dataset_folder(cfg).glob("task-*")), (
         "it was not caught"
     )
-    done = written(experts_of(cfg) / "group-000")
+    done = written(teachers_of(cfg) / "group-000")
     assert "levels.npz" in done
     process = start(argv, script="collect.py", cwd=tmp_path)
     out, err = process.communicate(timeout=LONG)
@@ -912,11 +923,11 @@ def test_a_stopped_command_continues_to_the_same_bytes(
         and "optimum -" in out
         and "best checkpoint 100 %" in out
     )
-    assert everything(cfg.folder) == everything(point_config.folder)
-    unchanged(experts_of(cfg) / "group-000", done)
+    assert everything(cfg.data.datasets) == everything(point_config.data.datasets)
+    unchanged(teachers_of(cfg) / "group-000", done)
 
 
-# ------------------------------------------------------------------------------------ damaged, and full
+# -------------------------------------------------------------------------------- damaged, and full
 def fails(cfg, *parts):
     with pytest.raises(ValueError) as error, at_home():
         collect(cfg, quiet=True)
@@ -924,12 +935,12 @@ def fails(cfg, *parts):
 
 
 def again(cfg, point_config, part):
-    """Collected anew: the same bytes as ever, and the files with `part` in their names are not written again."""
-    kept = written(cfg.folder, part)
+    """Collected anew: the same bytes; files with `part` in their names are not written again."""
+    kept = written(cfg.data.datasets, part)
     with at_home():
         collect(cfg, quiet=True)
-    assert everything(cfg.folder) == everything(point_config.folder)
-    unchanged(cfg.folder, kept)
+    assert everything(cfg.data.datasets) == everything(point_config.data.datasets)
+    unchanged(cfg.data.datasets, kept)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -949,15 +960,14 @@ def test_damaged_part_is_named_and_redone_alone(cfg, point_config, complete):
 
 def test_any_flipped_byte_of_levels_is_named_or_harmless(cfg):
     """The checksums of the archive's members find it; a time stamp says nothing."""
-    train, test = cfg.split()
-    path, outcomes = experts_of(cfg) / "group-001" / "levels.npz", Counter()
+    train, test = split_of(cfg)
+    path, outcomes = teachers_of(cfg) / "group-001" / "levels.npz", Counter()
     whole, want = path.read_bytes(), levels_of(cfg)["sampled"].mean(2)
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            found = train_teachers(
-                Path(cfg.folder), cfg.teachers(), train + test, 1, None, quiet=True
-            )
+            root, tasks = Path(cfg.data.datasets), train + test
+            found = train_teachers(root, "point-robot", cfg.teachers, tasks, cfg.work, quiet=True)
             assert (found.sampled == want).all()
             outcomes["harmless"] += 1
         except ValueError as error:
@@ -972,7 +982,7 @@ def test_any_flipped_byte_of_levels_is_named_or_harmless(cfg):
 
 @pytest.mark.parametrize("how", ["empty", "shorter", "garbage"])
 def test_damaged_levels_are_named_and_measured_alone(cfg, point_config, how):
-    path = experts_of(cfg) / "group-002" / "levels.npz"
+    path = teachers_of(cfg) / "group-002" / "levels.npz"
     shutil.rmtree(dataset_folder(cfg))
     DAMAGE[how](path)
     fails(cfg, f"{path} is damaged", "delete it to measure")
@@ -981,7 +991,7 @@ def test_damaged_levels_are_named_and_measured_alone(cfg, point_config, how):
 
 
 def test_damaged_checkpoint_is_named_and_its_group_redone_alone(cfg, point_config):
-    path = policy_file(experts_of(cfg) / "group-001", 160)
+    path = policy_file(teachers_of(cfg) / "group-001", 160)
     shutil.rmtree(dataset_folder(cfg))
     flip(path, 0.9)
     fails(cfg, path, f"delete {path.parent} to train")
@@ -991,7 +1001,7 @@ def test_damaged_checkpoint_is_named_and_its_group_redone_alone(cfg, point_confi
 
 def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatch):
     """Of 5 x 23 x 20 steps of 20 bytes; then of the teachers, which need more."""
-    usage, cfg = namedtuple("usage", "free"), replace(point_config, folder=str(tmp_path / "data"))
+    usage, cfg = namedtuple("usage", "free"), changed(point_config, datasets=str(tmp_path / "data"))
     for free, named in ((40_000, dataset_folder(cfg).name), (60_000, "teachers")):
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path, free=free: usage(free))
         fails(cfg, named, "make room")
@@ -1009,23 +1019,24 @@ def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatc
         ({"env": "reach"}, "--teacher-warmup"),
         ({"teacher_save_every": 30}, "--teacher-save-every 30"),
         ({"teacher_seed": -1}, "--teacher-seed"),
-        ({"seed": -1}, "--seed"),
+        ({"data_seed": -1}, "--data-seed"),
         ({"workers": -1}, "--workers"),
         ({"train_tasks": -1}, "--train-tasks"),
         ({"teacher_device": "toaster"}, "toaster"),
         ({"tasks": "missing.json"}, "missing.json"),
         ({"env": "nope"}, "nope"),
-        ({"episodes": 4}, "--episodes"),
+        ({"data_episodes": 4}, "--data-episodes"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(point_config, tmp_path, change, named):
-    fails(replace(point_config, folder=str(tmp_path / "data"), **change), named)
+    fails(changed(point_config, datasets=str(tmp_path / "data"), **change), named)
     assert not list(tmp_path.iterdir())
 
 
 def test_ray_that_is_missing_is_refused_before_any_work(point_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.find_spec", lambda name: None)
+    monkeypatch.setattr("support.jobs.find_spec", lambda name: None)
     fails(
-        replace(point_config, folder=str(tmp_path / "data"), cluster="local"), "--cluster needs Ray"
+        changed(point_config, datasets=str(tmp_path / "data"), cluster="local"),
+        "--cluster needs Ray",
     )
     assert not list(tmp_path.iterdir())
