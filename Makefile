@@ -13,6 +13,7 @@ test: lint
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --summary=none --python-interpreter-path $(BIN)/python
 
 bench: .venv/ready
 	$(BIN)/python -m tools.bench --json results/bench.json

@@ -1,41 +1,56 @@
-"""diagnostics.py: does routing work, and what has the policy learned? (paper Sec. 5.4, Fig. 1; App. C)
+"""diagnostics.py: does routing work, and what has the policy learned? (Sec. 5.4, Fig. 1; App. C)
 
-in : a model, a dataset          out: a row of numbers for train.csv
+in : a method, a dataset          out: numbers for a row of train.csv
 Read beside train.py.
 
-Nothing here trains. All numbers are on fresh draws, in eval mode (no router noise), with a random stream
-of their own, so that looking does not change a run.
+Nothing here trains. All numbers are on fresh draws, in eval mode (no router noise), with a random
+stream of their own, so that looking does not change a run. Which numbers there are, a method says
+(`Method.probe`); here are those that AD and DPT share.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from data import Dataset, sample_ad, sample_dpt
-from families.posterior import divergence
-from models import T2MIR, Output
+from data import Dataset, Prompt
+from envs import Family
+from methods import Method
+from models import ModelSettings, Output
+
+
+@torch.no_grad()
+def probe(method: Method, dataset: Dataset, seed: int, rows: int = 64) -> dict[str, float]:
+    """The method's numbers on up to `rows` prompts, two of each task."""
+    # far from the seeds of the batches: what is drawn here is not what is trained on
+    rng = torch.Generator().manual_seed(1_000_003 * (seed + 1) % 2**63)
+    was_training = method.model.training
+    method.model.eval()
+    numbers = method.probe(dataset, min(rows, 2 * dataset.tasks), rng)
+    method.model.train(was_training)
+    return numbers
 
 
 def mutual_information(joint: Tensor) -> float:
     """I(X; Y) in bits from counts (X, Y)."""
-    p = joint.double() / joint.sum()
-    outer = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
-    return (
-        torch.special.xlogy(p, p / outer.clamp_min(1e-300)).sum().item()
-        / torch.log(torch.tensor(2.0)).item()
-    )
+    p = joint.double() / joint.sum()  # p(x, y)
+    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)  # p(x) p(y)
+    # xlogy is 0 where p is: pairs that never came add nothing, and divide by no zero
+    nats = torch.special.xlogy(p, p / independent.clamp_min(1e-300)).sum().item()
+    return nats / math.log(2)  # bits: two modalities told apart are one bit
 
 
-def modality_counts(out: Output, experts: int) -> Tensor:
+def modality_counts(token_expert: Tensor, modality: Tensor, experts: int) -> Tensor:
     """How often the best token expert of a state, action and reward token is each: (3, K_1).
 
-    Query tokens are left out: their modality is a state's.
+    `token_expert` (B, S, k), best first; `modality` (S,). Queries, of modality 3, are left out.
     """
     counts = torch.zeros(3, experts)
-    for modality in range(3):
-        chosen = out.token_expert[:, out.modality == modality, 0]
-        counts[modality] = torch.bincount(chosen.flatten(), minlength=experts).cpu()
+    for which in range(3):
+        chosen = token_expert[:, modality == which, 0]  # the best of the k kept ones
+        counts[which] = torch.bincount(chosen.flatten(), minlength=experts).cpu()
     return counts
 
 
@@ -45,49 +60,36 @@ def least_share(kept: Tensor, experts: int) -> float:
     return (used / used.sum()).min().item()
 
 
-def sample(dataset: Dataset, cfg, rows: int, draws: int, rng: torch.Generator):
-    """A fresh batch of the run's own kind; queries see the whole prompt."""
-    episodes = cfg.prompt_length // dataset.spec.horizon
-    if cfg.backbone == "ad":
-        return sample_ad(dataset, rows, episodes, draws, rng)
-    batch = sample_dpt(
-        dataset, rows, episodes, draws, rng, queries=32 if cfg.query_position == "last" else 1
-    )
-    batch.visible.fill_(cfg.prompt_length)
-    return batch
-
-
-@torch.no_grad()
-def probe(
-    model: T2MIR, dataset: Dataset, cfg, seed: int, device, rows: int = 64
-) -> dict[str, float]:
-    """One row of numbers: contrastive loss and accuracy beside its chance, what the token expert tells of
-    the modality (bits, log2 3 = 1.58 at most), the least used expert's share of both MoEs, and for DPT on
-    DarkRoom the divergence from the exact posterior with and without a reward in the prompt (nats).
+def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
+    """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the least used
+    expert's share of both MoEs, and Eq. 7 and its accuracy on fresh prompts beside chance. Of
+    several blocks with experts the topmost is looked at.
     """
-    rng = torch.Generator().manual_seed(1_000_003 * (seed + 1))
-    batch = sample(dataset, cfg, min(rows, 2 * dataset.tasks), 2, rng).to(device)
-    was_training = model.training
-    model.eval()
-    out = model(batch)
-    model.train(was_training)
-    found = {}
-    if out.token_expert is not None:
-        counts = modality_counts(out, cfg.token_experts)
-        found["token_mi"] = mutual_information(counts)
-        found["token_least"] = least_share(out.token_expert, cfg.token_experts)
-    if out.task_expert is not None:
-        found["task_least"] = least_share(out.task_expert, cfg.task_experts)
-        found["contrastive_fresh"] = out.contrastive.item()
-        found["accuracy_fresh"] = out.accuracy.item()
-        found["chance"] = 1 / (len(batch.task) - 1)
-    if cfg.backbone == "dpt" and cfg.env == "darkroom":
-        log_policy = out.action.log_softmax(-1)
-        if cfg.query_position == "first":
-            log_policy = log_policy[:, -1:]
-        kl, rewarded = divergence(
-            batch.prompt.to("cpu"), batch.query_states.cpu(), log_policy.float().cpu()
-        )
-        found["kl_reward"] = kl[rewarded].mean().item() if rewarded.any() else float("nan")
-        found["kl_no_reward"] = kl[~rewarded].mean().item() if (~rewarded).any() else float("nan")
-    return found
+    numbers: dict[str, float] = {}
+    if not output.moe:
+        return numbers
+    top = output.moe[-1]  # its experts make what is predicted
+    if top.token_expert is not None:
+        counts = modality_counts(top.token_expert, output.modality, cfg.token_experts)
+        numbers["token_mi"] = mutual_information(counts)
+        numbers["token_least"] = least_share(top.token_expert, cfg.token_experts)
+    if top.task_expert is not None:
+        numbers["task_least"] = least_share(top.task_expert, cfg.task_experts)
+        # on prompts that no gradient came from: on those of the batch Eq. 7 can be learned by heart
+        numbers["contrastive_fresh"] = top.metrics["info_nce"].item()
+        numbers["accuracy_fresh"] = top.metrics["accuracy"].item()
+        # one positive among the keys: all other rows, or the other half of the batch
+        numbers["chance"] = 1 / (rows - 1 if cfg.keys == "all" else rows // 2)
+    return numbers
+
+
+def divergence(
+    family: Family, prompt: Prompt, states: Tensor, log_policy: Tensor
+) -> dict[str, float]:
+    """KL(exact posterior || policy) in nats, with and without a reward in the prompt."""
+    kl, rewarded = family.divergence(prompt.to("cpu"), states, log_policy.float().cpu())
+    # Apart, because they are two abilities: to go where a reward was, and to look where nobody was.
+    numbers = {}
+    for name, which in (("kl_reward", rewarded), ("kl_no_reward", ~rewarded)):
+        numbers[name] = kl[which].mean().item() if which.any() else math.nan
+    return numbers

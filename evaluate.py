@@ -1,12 +1,19 @@
-"""evaluate.py: in-context learning on held-out tasks, without weight updates (App. A: Algorithms 2 and 4).
+"""evaluate.py: in-context learning on held-out tasks, no weight updates (Algorithms 2 and 4).
 
 in : a run's folder       out: returns of every task and episode (CSV), the curve (PNG), a table
-Read after train.py.
+Read after train.py, before envs.py.
 
     python evaluate.py runs/darkroom-dpt-both-mixed-cpu-s0
     python evaluate.py runs/... --prompt all --actions greedy --results results/darkroom
 
-All tasks are played at once, by a policy of policies.py.
+`play` is the loop of both algorithms; what differs, a policy says (ad.py, dpt.py). Settings that
+are not given are those of the run.
+
+Symbols (paper -> here): T_test -> tasks; N of the algorithms -> episodes; R, tau -> what the policy
+makes of `history`. Shapes: N tasks (here), E episodes, T steps an episode, ds, da numbers of a
+state and of an action.
+Differs from the paper: all tasks are played at once, a row each, in place of the loop in line 1;
+rows know nothing of one another.
 """
 
 from __future__ import annotations
@@ -14,53 +21,60 @@ from __future__ import annotations
 import csv
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from scipy.stats import bootstrap
 
+from config import Config, Count, Text
 from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
-from policies import Actions, ExactPosterior, First, Memory, check_noise, make_policy
+from figures import draw_curve
+from methods import Method
+from policies import Policy
 from support import checkpoint
+from support.command_line import one_line, parse_evaluation
 from support.distributed import resolve_device
 from support.files import progress, write_atomically
+from support.settings import flat
 
 
-# ------------------------------------------------------------------------------- Algorithms 2 and 4
+# ------------------------------------------------------------------------------ Algorithms 2 and 4
 @torch.inference_mode()
 def play(
     env: str,
     tasks: list,
-    policy,
+    policy: Policy,
     episodes: int,
-    quiet: bool = True,
-    title: str = "",
     seed: int = 0,
+    title: str | None = None,
     success: list | None = None,
 ) -> np.ndarray:
     """Algorithms 2 and 4 on N tasks at once: the return of each task and episode, (N, episodes).
 
-    `seed` is that of the starts. A list given as `success` gains, for a family that can succeed, whether each task
-    did in each episode: (N,) bool an episode.
+    `seed` is that of the starts; with a title there is a progress bar. A list given as `success`
+    gains, for a family that can succeed, (N,) bool an episode: whether each task did.
     """
-    batch, history, returns = make_batch(env, tasks, seed), [], []
-    bar = progress(range(episodes), desc=title, unit="episode", disable=quiet)
-    for _ in bar:
-        states = torch.from_numpy(batch.reset())
+    horizon, batch = get_family(env).horizon, make_batch(env, tasks, seed)
+    history: list[Prompt] = []  # line 2: nothing is known; then the finished episodes, (N, T) each
+    returns = []
+    bar = progress(range(episodes), desc=title, unit="episode", disable=title is None)
+    for _ in bar:  # line 3
+        states = torch.from_numpy(batch.reset())  # (N, ds); Alg. 2 l. 4, Alg. 4 l. 5
+        # What is kept of the past changes between episodes alone: Alg. 2 l. 10-13, Alg. 4 l. 11.
         policy.begin(history, len(tasks))
         steps = []
-        for _ in range(get_family(env).horizon):
-            actions = policy.act(states)
-            following, rewards = batch.step(actions.numpy())
+        for _ in range(horizon):  # no family ends an episode early, so all rows stay in step
+            actions = policy.act(states)  # (N,) or (N, da); Alg. 2 l. 6, Alg. 4 l. 7
+            following, rewards = batch.step(actions.numpy())  # l. 7, l. 8
             rewards = torch.from_numpy(rewards)
-            policy.observe(states, actions, rewards)
+            policy.observe(states, actions, rewards)  # l. 8, l. 9
             steps.append((states, actions, rewards))
             states = torch.from_numpy(following)
+        # T steps of (N, ...) each to three arrays (N, T, ...)
         history.append(Prompt(*(torch.stack(column, 1) for column in zip(*steps, strict=True))))
         returns.append(history[-1].rewards.sum(1).numpy())
         if success is not None and batch.success is not None:
@@ -69,90 +83,181 @@ def play(
     return np.stack(returns, 1)
 
 
-# ----------------------------------------------------------------------------------------- reporting
+# --------------------------------------------------------------------------------- a run evaluated
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluate the run in FOLDER on its held-out tasks; what is not given is as in its training."""
+
+    folder: tyro.conf.Positional[Text]
+    """A run's folder, runs/..."""
+    repeats: Count = 1
+    """Play every task this often, independently."""
+    split: Literal["test", "train"] = "test"
+    """Held-out tasks, or those trained on."""
+    results: Text | None = None
+    """Folder for the CSV, the picture and summary.csv (default: the run's own)."""
+    device: Text = "cpu"
+    """cpu or cuda."""
+    env: Text | None = None
+    """The run's family where it is a file of your own."""
+    backbone: Text | None = None
+    """The run's method where it is a file of your own."""
+    play: Any = field(default_factory=lambda: None)  # the method's `Play`
+
+
+@dataclass
+class Returns:
+    """What an evaluation has found; N tasks, E episodes."""
+
+    played: np.ndarray  # (repeats * N, E)
+    success: np.ndarray | None  # (repeats * N, E) bool
+    ceiling: np.ndarray | None  # (E,) of the exact in-context policy, where it is known
+    lines: dict[str, float | None]  # reference returns: optimum, teacher, paper, random
+
+
+def evaluate_run(cfg: Evaluation) -> dict:
+    """Play a run's tasks; write returns, curve and a row of summary.csv; print the table.
+
+    Returns the row. Raises ValueError with one line for a folder that is not a run.
+    """
+    folder = Path(cfg.folder)
+    files = {"env": cfg.env, "backbone": cfg.backbone}
+    # weights, normalisation and settings, as training left them
+    method, header = checkpoint.load_method(folder, resolve_device(cfg.device), **files)
+    policy = method.policy(cfg.play)  # refuses settings that cannot be
+    tasks = checkpoint.read_tasks(folder, method.cfg.data.env)[cfg.split]
+    name = f"{cfg.split}-{variant(method, cfg)}"
+    if cfg.results is None:
+        target, summary = folder, folder.parent / "summary.csv"
+    else:
+        target, summary = Path(cfg.results), Path(cfg.results) / "summary.csv"
+        name = f"{folder.resolve().name}-{name}"  # many runs share such a folder
+    check_summary(summary)  # before the work: minutes would be lost
+    returns = play_all(method, policy, tasks, cfg)
+    write_csv(target / f"{name}.csv", tasks * cfg.repeats, returns)
+    draw(target / f"{name}.png", method, policy, cfg, returns)
+    row = summary_row(method.cfg, header, cfg, returns)
+    append_summary(summary, row)  # last: a row promises that its curve is there
+    print_table(row, returns)
+    print(in_words(method, row, returns))
+    print(f"curve: {target / name}.png   returns: {target / name}.csv   summary: {summary}")
+    return row
+
+
+def variant(method: Method, cfg: Evaluation) -> str:
+    """How it was played, for file names: made of checked values alone."""
+    settings = cfg.play
+    if method.family.discrete_actions:  # sampled or greedy
+        parts = [settings.actions]
+    else:  # continuous ones are the mean, or noise is added to it
+        parts = [f"noise{settings.noise:g}" if settings.noise else "mean"]
+    parts += method.play_name(settings)
+    return "-".join(parts + ["random-first"] * (settings.first == "random"))
+
+
+def play_all(method: Method, policy: Policy, tasks: list, cfg: Evaluation) -> Returns:
+    """The run's policy, and what its returns are to be compared with."""
+    env, family, settings = method.cfg.data.env, method.family, cfg.play
+    episodes, seed = settings.episodes, settings.play_seed
+    # repeats are further rows: the same tasks, other starts and other draws
+    succeeded: list = []
+    title = f"evaluating on {len(tasks)} {cfg.split} tasks"
+    played = play(env, tasks * cfg.repeats, policy, episodes, seed, title, succeeded)
+    success = np.stack(succeeded, 1) if succeeded else None
+
+    # A return means something between two others: that of random actions and the best there is.
+    # Where the data were made by trained teachers, both were measured when they were collected.
+    reference = checkpoint.read_reference(cfg.folder, cfg.split)
+    floor = reference["random"] if reference else random_returns(env, tasks)
+    optimum = optimal_returns(env, tasks)  # in closed form; None where nobody knows it
+    lines = {
+        "optimum": None if optimum is None else float(np.mean(optimum)),
+        "teacher": float(np.mean(reference["teacher"])) if reference else None,
+        # Table 1 is of Mixed data; it knows no ablations and no families of the user's
+        "paper": family.paper_return.get(method.label)
+        if method.cfg.data.quality == "mixed"
+        else None,
+        "random": float(np.mean(floor)),
+    }
+    ceiling = None
+    if family.ceiling is not None:
+        # With the policy's own memory: what is not in its prompt nobody can use. It samples, so its
+        # returns vary: 20 plays of each task.
+        exact = family.ceiling(policy.memory, seed)
+        ceiling = play(env, tasks * 20, exact, episodes, seed=0).mean(0)  # (E,)
+    return Returns(played, success, ceiling, lines)
+
+
+# ---------------------------------------------------------------------------------------- reporting
 # fmt: off
 SUMMARY = (
-    "env", "backbone", "moe", "routing", "quality", "preset", "seed", "steps", "train_seconds", "episodes",
-    "first_return", "last_return", "best_return", "random_return", "optimum", "teacher_return", "success",
-    "paper_return", "command",
+    "env", "backbone", "moe", "routing", "quality", "preset", "seed", "steps", "train_seconds",
+    "episodes", "first_return", "last_return", "best_return", "random_return", "optimum",
+    "teacher_return", "success", "paper_return", "command",
 )
 # fmt: on
+LAST = 5  # episodes whose mean is "last": of one episode alone, a few goals decide
 
 
-def interval(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean over tasks (axis 0), per episode."""
-    if len(returns) < 2:
-        return returns[0], returns[0]
-    found = bootstrap((returns,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)
-    return found.confidence_interval.low, found.confidence_interval.high
+def summary_row(run: Config, header: dict[str, str], cfg: Evaluation, returns: Returns) -> dict:
+    """A row of summary.csv; results/README.md explains the columns."""
 
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
 
-def draw_curve(
-    path: Path,
-    title: str,
-    returns: np.ndarray,
-    lines: dict,
-    ceiling: np.ndarray | None,
-    memory: str,
-) -> None:
-    """The return of each episode over held-out tasks, its interval, reference lines and the exact ceiling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    episode = np.arange(1, returns.shape[1] + 1)
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    low, high = interval(returns)
-    axis.fill_between(episode, low, high, alpha=0.25, linewidth=0)
-    axis.plot(episode, returns.mean(0), label="this run, 95 % over tasks")
-    if ceiling is not None:
-        axis.plot(
-            episode,
-            ceiling,
-            color="black",
-            linestyle=":",
-            label=f"exact posterior, prompt {memory}",
-        )
-    for (name, value), style in zip(
-        lines.items(), ("--", (0, (5, 1)), "-.", (0, (1, 3))), strict=True
-    ):
-        if value is not None:
-            axis.axhline(
-                value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.1f}"
-            )
-    axis.set(
-        xlabel="episode",
-        ylabel="return on held-out tasks",
-        title=title,
-        xlim=(1, max(2, len(episode))),
+    curve, settings, lines = returns.played.mean(0), flat(run), returns.lines
+    if settings.get("moe") not in ("both", "task"):
+        settings["routing"] = ""  # a rule for h_bar, which nobody reads there
+    names = ("env", "backbone", "moe", "routing", "quality", "preset", "seed")
+    success = None if returns.success is None else returns.success[:, -LAST:].mean()
+    return (
+        {name: settings.get(name, "") for name in names}
+        | {
+            "steps": header["step"],
+            "train_seconds": f"{float(header['seconds']):.0f}",
+            "episodes": cfg.play.episodes,
+            "first_return": number(curve[0]),
+            "last_return": number(curve[-LAST:].mean()),
+            "best_return": number(curve.max()),  # Table 1: "the best performance"
+            "random_return": number(lines["random"]),
+            "optimum": number(lines["optimum"]),
+            "teacher_return": number(lines["teacher"]),
+            "success": number(success),
+            "paper_return": "" if lines["paper"] is None else lines["paper"],
+            "command": f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        }
     )
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(fontsize=8, loc="best")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
-    plt.close(figure)
 
 
-def write_csv(
-    path: Path, tasks: list, returns: np.ndarray, success: np.ndarray | None = None
-) -> None:
-    """A row for each task and episode. A task is its numbers, or its place in the list where they are many."""
-    kinds = [list(task) for i, task in enumerate(tasks) if task not in tasks[:i]]
+def draw(path: Path, method: Method, policy: Policy, cfg: Evaluation, returns: Returns) -> None:
+    # (N, E). Repeats are not further tasks: the interval over tasks would come out too narrow.
+    episodes = returns.played.shape[1]
+    per_task = returns.played.reshape(cfg.repeats, -1, episodes).mean(0)
+    tasks = "held-out tasks" if cfg.split == "test" else "training tasks"
+    title = f"{method.cfg.data.env}, {method.label}, {tasks} ({variant(method, cfg)})"
+    ceiling_name = f"exact posterior, prompt {policy.memory}"
+    draw_curve(path, title, per_task, returns.lines, returns.ceiling, ceiling_name)
+
+
+def write_csv(path: Path, tasks: list, returns: Returns) -> None:
+    """A row for each task and episode. A task is its numbers, or its place where they are many."""
+    # with --repeats a task comes again, and is the same task
+    different = [list(task) for i, task in enumerate(tasks) if task not in tasks[:i]]
+    columns = ["task", "episode", "return"] + ["success"] * (returns.success is not None)
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
             out = csv.writer(file)
-            out.writerow(["task", "episode", "return"] + ["success"] * (success is not None))
-            for i, (task, row) in enumerate(zip(tasks, returns, strict=True)):
-                name = " ".join(map(str, task)) if len(task) <= 3 else kinds.index(list(task))
-                for e, value in enumerate(row):
-                    out.writerow(
-                        [name, e + 1, f"{value:g}"]
-                        + ([] if success is None else [int(success[i, e])])
-                    )
+            out.writerow(columns)
+            for i, task in enumerate(tasks):
+                name = " ".join(map(str, task)) if len(task) <= 3 else different.index(list(task))
+                for episode, value in enumerate(returns.played[i]):
+                    row = [name, episode + 1, f"{value:g}"]
+                    if returns.success is not None:
+                        row.append(int(returns.success[i, episode]))
+                    out.writerow(row)
 
-    write_atomically(path, write)
+    write_atomically(path, write)  # the old file or the new one, never half of it
 
 
 def check_summary(path: Path) -> bool:
@@ -163,186 +268,60 @@ def check_summary(path: Path) -> bool:
 
 
 def append_summary(path: Path, row: dict) -> None:
-    """One row a run. Raises ValueError if the file has other columns."""
+    """One row an evaluation. Raises ValueError if the file has other columns."""
     exists = check_summary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="") as file:  # rows of all runs, the oldest first
         out = csv.DictWriter(file, SUMMARY, lineterminator="\n")
         if not exists:
             out.writeheader()
         out.writerow(row)
 
 
-def evaluate_run(
-    folder: str | Path,
-    episodes: int = 40,
-    actions: Actions = "sample",
-    prompt: Memory = "last",
-    history: int = 4,
-    first: First = "policy",
-    noise: float = 0.0,
-    repeats: int = 1,
-    seed: int = 0,
-    split: Literal["test", "train"] = "test",
-    results: str | None = None,
-    device: str = "cpu",
-) -> dict:
-    """Play a run's held-out tasks, write returns (CSV), curve (PNG) and a row of `summary.csv`, print the table.
-
-    `results` is the folder for these (default: the run's own, its summary beside the run). Returns the row.
-    Raises ValueError with one line for a folder that is not a run.
-    """
-    folder = Path(folder)
-    if min(episodes, history, repeats) < 1:
-        raise ValueError("--episodes, --history and --repeats must be at least 1")
-    model, cfg, about, (mean, std) = checkpoint.load_model(folder, resolve_device(device))
-    check_noise(noise, cfg.env)
-    spec = get_family(cfg.env)
-    tasks = checkpoint.read_tasks(folder)[split]
-    played = tasks * repeats
-    continuous = f"noise{noise:g}" if noise else "mean"
-    how = [
-        actions if spec.discrete_actions else continuous,
-        prompt if cfg.backbone == "dpt" else f"history{history}",
-    ]
-    variant = "-".join(how + ["random-first"] * (first == "random"))
-    if results is None:
-        target, summary, name = folder, folder.parent / "summary.csv", f"{split}-{variant}"
-    else:
-        target, name = Path(results), f"{folder.resolve().name}-{split}-{variant}"
-        summary = target / "summary.csv"
-    check_summary(summary)  # before the work
-    settings = Settings(actions, prompt, history, first, noise)
-    policy = make_policy(model, settings, seed, mean, std)
-    title, succeeded = f"evaluating on {len(tasks)} {split} tasks", []
-    returns = play(
-        cfg.env, played, policy, episodes, quiet=False, title=title, seed=seed, success=succeeded
-    )
-    success = np.stack(succeeded, 1) if succeeded else None
-
-    known = checkpoint.read_reference(folder, split)  # measured when the data were collected
-    floor = np.mean(known["random"] if known else random_returns(cfg.env, tasks))
-    optimum, expert = optimal_returns(cfg.env, tasks), np.mean(known["teacher"]) if known else None
-    optimum = None if optimum is None else optimum.mean()
-    paper = spec.paper_return.get((cfg.backbone, cfg.moe)) if cfg.quality == "mixed" else None
-    ceiling, memory = None, prompt if cfg.backbone == "dpt" else "all"
-    if cfg.env == "darkroom":
-        ceiling = play(cfg.env, tasks * 20, ExactPosterior(memory, seed=seed), episodes).mean(0)
-    curve = returns.mean(0)
-    last = min(5, episodes)
-    write_csv(target / f"{name}.csv", played, returns, success)
-    title = f"{cfg.env}, {'T2MIR-' if cfg.moe != 'none' else ''}{cfg.backbone.upper()}, {split} tasks ({variant})"
-    lines = {"optimum": optimum, "teacher": expert, "paper": paper, "random": floor}
-    per_task = returns.reshape(repeats, len(tasks), -1).mean(
-        0
-    )  # repeats of a task are not further tasks
-    draw_curve(target / f"{name}.png", title, per_task, lines, ceiling, memory)
-
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
-
-    row = {
-        "env": cfg.env,
-        "backbone": cfg.backbone,
-        "moe": cfg.moe,
-        "routing": cfg.routing if cfg.moe in ("both", "task") else "",
-        "quality": cfg.quality,
-        "preset": cfg.preset,
-        "seed": cfg.seed,
-        "steps": about["step"],
-        "train_seconds": f"{float(about['seconds']):.0f}",
-        "episodes": episodes,
-        "first_return": number(curve[0]),
-        "last_return": number(curve[-last:].mean()),
-        "best_return": number(curve.max()),
-        "random_return": number(floor),
-        "optimum": number(optimum),
-        "teacher_return": number(expert),
-        "success": number(None if success is None else success[:, -last:].mean()),
-        "paper_return": "" if paper is None else paper,
-        "command": f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-    }
-    append_summary(summary, row)
-    print_table(row, curve, ceiling, last)
-    print(f"curve: {target / name}.png   returns: {target / name}.csv   summary: {summary}")
-    return row
-
-
 def normalised(value: float, floor: float, best: float) -> float:
-    """0 the random policy's return, 1 the optimum's (or the expert's, where no optimum is known)."""
+    """0 the random policy's return, 1 the optimum's (or the teacher's where none is known)."""
     return (value - floor) / (best - floor)
 
 
-def print_table(row: dict, curve: np.ndarray, ceiling: np.ndarray | None, last: int) -> None:
-    low = [("first episode", row["first_return"]), (f"last {last} episodes", row["last_return"])]
-    low += [(f"best episode ({int(curve.argmax()) + 1})", row["best_return"])]
-    if ceiling is not None:
-        low += [(f"exact posterior, last {last}", f"{ceiling[-last:].mean():.2f}")]
+def print_table(row: dict, returns: Returns) -> None:
+    curve = returns.played.mean(0)  # (E,), over tasks and repeats
+    last = min(LAST, len(curve))
+    lines = [
+        ("first episode", row["first_return"]),
+        (f"last {last} episodes", row["last_return"]),
+        (f"best episode ({int(curve.argmax()) + 1})", row["best_return"]),
+    ]
+    if returns.ceiling is not None:
+        lines.append((f"exact posterior, last {last}", f"{returns.ceiling[-last:].mean():.2f}"))
     for name in ("optimum", "teacher_return", "random_return", "paper_return"):
-        low += [(name.removesuffix("_return"), row[name] or "-")]
+        lines.append((name.removesuffix("_return"), row[name] or "-"))
+    # one number that can be compared between families, whose returns have scales of their own
     best = "optimum" if row["optimum"] else "teacher_return"
-    if row[best] and row[best] != row["random_return"]:
+    if row[best] and row[best] != row["random_return"]:  # else the share would divide by 0
         share = normalised(*(float(row[k]) for k in ("last_return", "random_return", best)))
-        low += [(f"random 0, {best.removesuffix('_return')} 1: last {last}", f"{share:.3f}")]
+        name = f"random 0, {best.removesuffix('_return')} 1: last {last}"
+        lines.append((name, f"{share:.3f}"))
     if row["success"]:
-        low += [(f"success, last {last}", f"{100 * float(row['success']):.0f} %")]
-    print("\n".join(f"  {name:<32}{value:>8}" for name, value in low))
+        lines.append((f"success, last {last}", f"{100 * float(row['success']):.0f} %"))
+    print("\n".join(f"  {name:<32}{value:>8}" for name, value in lines))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a policy plays; the fields of `config.Config` of the same names."""
-
-    actions: Actions
-    prompt: Memory
-    history: int
-    first: First
-    noise: float = 0.0
-
-
-def main(
-    folder: tyro.conf.Positional[str],
-    episodes: int | None = None,
-    actions: Actions | None = None,
-    prompt: Memory | None = None,
-    history: int | None = None,
-    first: First | None = None,
-    noise: float | None = None,
-    repeats: int = 1,
-    seed: int = 0,
-    split: Literal["test", "train"] = "test",
-    results: str | None = None,
-    device: str = "cpu",
-) -> None:
-    """Evaluate the run in FOLDER on its held-out tasks; what is not given is as in its training.
-
-    Args:
-        folder: a run's folder, runs/...
-        episodes: episodes on each task.
-        actions: sample or greedy.
-        prompt: DPT: last episode or all of them.
-        history: AD: finished episodes in the history.
-        first: who plays the first episode: the policy or random actions.
-        noise: deviation of the noise on continuous actions.
-        repeats: play every task this often, independently.
-        seed: seed of the sampled actions.
-        split: held-out tasks, or those trained on.
-        results: folder for the CSV, the picture and summary.csv.
-        device: cpu or cuda.
-    """
-    cfg = checkpoint.load_config(folder)
-    given = {"episodes": episodes, "actions": actions, "prompt": prompt, "history": history, "first": first,
-             "noise": noise}  # fmt: skip
-    filled = {k: getattr(cfg, k) if v is None else v for k, v in given.items()}
-    evaluate_run(
-        folder, **filled, repeats=repeats, seed=seed, split=split, results=results, device=device
+def in_words(method: Method, row: dict, returns: Returns) -> str:
+    """What the table says: what was learnt, how far it could go, what to try next."""
+    learnt = (
+        f"With no weight update {method.label} went from a return of {row['first_return']} in its "
+        f"first episode to {row['last_return']} in its last ones, from what it saw in between."
     )
+    if returns.ceiling is not None:
+        best = f"{returns.ceiling[-LAST:].mean():.2f}, of a perfect policy with the same memory"
+    elif row["optimum"]:
+        best = f"{row['optimum']}, the optimum"
+    elif row["teacher_return"]:
+        best = f"{row['teacher_return']}, of the tasks' own teachers"
+    else:
+        best = "not known"
+    return f"{learnt}\nThe ceiling here is {best}. To try next: {method.try_next}."
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; nothing was written") from None
+    one_line(lambda: evaluate_run(parse_evaluation(Evaluation)), "nothing was written")

@@ -1,22 +1,23 @@
-"""models.py: T2MIR-AD and T2MIR-DPT (paper Sec. 4.3, App. F; Eq. 9-11; the policies of Algorithms 1-4).
+"""models.py: the transformer that both backbones share (paper Sec. 4.3, App. F, Fig. 2).
 
-in : `Prompt` / `ADBatch` / `DPTBatch` (data.py)      out: `Output`: action predictions and the MoE's losses
-Read after moe.py, before train.py.
+in : tokens (B, S, D), made from a `Prompt` (data.py) by the `embed_...` methods
+out: (B, R, A) action predictions at the R tokens that are read; losses and choices of the MoE
+Read after moe.py, before ad.py and dpt.py, which say which tokens there are and which are read.
 
-Token layouts (t = time within the episode, restarting at each; the three tokens of a step share it):
+    s, a, r --embed--> tokens --[ attention, feed-forward ] x layers--> norm --head--> action
+                                  in one block (`moe_position`) the feed-forward layer is moe.py's
 
-    AD                  s_0 a_0 r_0  s_1 a_1 r_1 ...       read at every s                 (Eq. 9, 10)
-    DPT, query first    q  s_1 a_1 r_1  s_2 a_2 r_2 ...    read at q and every s           (Eq. 11)
-    DPT, query last     s_1 a_1 r_1 ... s_n a_n r_n | q q q ...   read at the q's, which see the prompt
-                        (or the first `visible` steps of it) and themselves, not one another
+Symbols (paper -> here): pi_theta -> T2MIR; h -> h, what a block's feed-forward layer reads; tau ->
+View.prompt; K_1, K_2 -> token_experts, task_experts; w_con -> w_contrastive; beta -> momentum.
+Shapes: B rows, n steps, S tokens, R tokens that are read, D width, H heads, A numbers or logits of
+an action.
 
-Shape legend: B rows, n steps, S tokens, R read tokens, D width, H heads, A actions (numbers or logits).
-
-Differs from the paper (switches): `query_position=last` lets the prompt be computed once an episode;
-`token_shift` adds the previous token's embedding to each, so that a reward meets the state it led to
-without a layer having to find it; `routing=prefix|token` (moe.py).
-Differs from the official code: grid coordinates are embedded one by one and added, so that a held-out
-goal cell is not a symbol never seen; no NormFormer norms, head scales or spectral reparametrisation.
+Differs from the paper (switches): `token_shift` adds the previous token's embedding to each, so
+that a reward meets the state it led to without a layer having to find it; `routing`, `task_center`
+and `keys` (moe.py, contrastive.py).
+Differs from the official code: grid coordinates are embedded one by one and added, so that a
+held-out goal cell is not a symbol never seen; no NormFormer norms, head scales or spectral
+reparametrisation; dropout only after the embeddings and on both residual branches.
 """
 
 from __future__ import annotations
@@ -25,218 +26,156 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from data import ADBatch, DPTBatch, Prompt
-from moe import MoEKind, MoELayer, TaskRouting
-
-try:  # optional, CUDA only
-    from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
+from config import BelowOne, Few, NotNegative, Share, Units
+from contrastive import Keys
+from data import Prompt
+from envs import Family
+from moe import MoEKind, MoELayer, MoEOutput, Past, TaskRouting, View
+from support.attention import Cache, Dropout, attention
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Everything that fixes the shape of the network; saved with its weights."""
+class ModelSettings:
+    """the network and its MoE (Sec. 4, App. F; Tables 4, 5)"""
 
-    backbone: Literal["ad", "dpt"]
-    horizon: int  # T
-    state_dim: int
-    state_values: tuple[int, ...] | None
-    action_dim: int
-    discrete_actions: bool
-    reward_scale: float = 1.0  # rewards are divided by it before they are embedded
-    layers: int = 4
-    heads: int = 8
-    width: int = 64
-    ff: int = 256  # hidden units of the plain feed-forward layers
-    dropout: float = 0.0
     moe: MoEKind = "both"
+    """Which MoE layers; token, task and none are the ablations of Sec. 5.2."""
     moe_position: Literal["top", "middle", "bottom"] = "top"
+    """Block whose feed-forward layer becomes the MoE (App. G.2)."""
     routing: TaskRouting = "sequence"
-    token_experts: int = 6  # K_1
-    task_experts: int = 12  # K_2
-    task_center: bool = False  # centre h_bar before the task router
-    top_k: int = 2  # k of both MoEs
-    token_hidden: int = 768  # hidden units of all token experts together
-    task_hidden: int = 1536
-    w_importance: float = 0.1
-    w_load: float = 0.1
-    query_position: Literal["first", "last"] = "first"  # DPT
+    """h_bar of Eq. 4: sequence (paper), prefix (no look-ahead), token (official code)."""
+    task_center: bool = False
+    """Centre and scale h_bar by running statistics before the task router (not in the paper)."""
+    keys: Keys = "all"
+    """Keys of Eq. 7: all other trajectories (its text), or the other batch (Algorithm 1)."""
+    token_experts: Few = 6
+    """K_1, experts of the token-wise MoE (Tables 4, 5)."""
+    task_experts: Few = 8
+    """K_2, experts of the task-wise MoE (Tables 4, 5)."""
+    top_k: Few = 2
+    """k, experts that each router keeps (Tables 6, 7: 2 of 6 and 2 of 8)."""
+    token_hidden: Units = 1536
+    """Hidden units of all token experts together."""
+    task_hidden: Units = 2048
+    """Hidden units of all task experts together."""
+    w_contrastive: NotNegative = 0.01
+    """w_con, weight of Eq. 7 (Tables 4, 5)."""
+    w_importance: NotNegative = 0.01
+    """w_imp, weight of CV(Imp)^2 in Eq. 3 (official: one weight for both)."""
+    w_load: NotNegative = 0.01
+    """w_load, weight of CV(Load)^2 in Eq. 3."""
+    momentum: Share = 0.995
+    """beta of Eq. 8 (Tables 4, 5)."""
+    layers: Few = 3
+    """Transformer blocks."""
+    heads: Few = 8
+    """Attention heads."""
+    width: Units = 128
+    """D, numbers of a token; two parallel MoEs give half of them each."""
+    ff: Units = 512
+    """Hidden units of a plain feed-forward layer."""
+    dropout: BelowOne = 0.05
+    """After the embeddings and on both residual branches of a block."""
     token_shift: bool = False
+    """Add the previous token's embedding to each (not in the paper)."""
 
-    def __post_init__(self):
-        def need(fine: bool, why: str) -> None:
-            if not fine:
-                raise ValueError(why)
+    def check(self) -> None:
+        """Raises ValueError with one line for sizes that do not fit one another."""
+        if self.width % self.heads:
+            raise ValueError(f"--width {self.width} is not a multiple of --heads {self.heads}")
+        if self.moe == "both" and self.width % 2:  # y_tok and y_task are D/2 wide each (Fig. 2)
+            raise ValueError(f"--width {self.width} is odd: two MoEs share it equally")
+        for name in ("token", "task"):
+            experts, hidden = getattr(self, f"{name}_experts"), getattr(self, f"{name}_hidden")
+            if self.top_k > experts:  # there are no k largest of fewer than k logits
+                raise ValueError(f"--top-k {self.top_k} is above --{name}-experts {experts}")
+            if hidden % experts:  # every expert has the same share of the hidden units
+                raise ValueError(
+                    f"--{name}-hidden {hidden} is not a multiple of --{name}-experts {experts}"
+                )
 
-        need(
-            min(self.layers, self.heads, self.width, self.ff) >= 1,
-            "layers, heads, width and ff must be at least 1",
-        )
-        need(
-            self.width % self.heads == 0,
-            f"--width {self.width} is not a multiple of --heads {self.heads}",
-        )
-        need(0 <= self.dropout < 1, f"--dropout {self.dropout} is not in [0, 1)")
-        for name, experts, hidden in (
-            ("token", self.token_experts, self.token_hidden),
-            ("task", self.task_experts, self.task_hidden),
-        ):
-            need(
-                1 <= self.top_k <= experts,
-                f"--top-k {self.top_k} is not between 1 and --{name}-experts {experts}",
-            )
-            need(
-                hidden >= experts and hidden % experts == 0,
-                f"--{name}-hidden {hidden} is not a multiple of --{name}-experts {experts}",
-            )
-        need(
-            not (
-                self.last
-                and self.has_task
-                and self.routing == "sequence"
-                and self.moe_position != "top"
-            ),
-            "--query-position last with --routing sequence needs --moe-position top: below it, early queries "
-            "would see the whole prompt through the gate",
-        )
+    def check_draws(self, draws: int) -> None:
+        """Raises ValueError where Algorithm 1's key batch B' is asked for and there is none."""
+        if self.keys == "other" and draws != 2:  # even rows are B, odd ones B': contrastive.py
+            raise ValueError(f"--keys other needs two draws of each task, not --draws {draws}")
 
     @property
-    def last(self) -> bool:
-        return self.backbone == "dpt" and self.query_position == "last"
-
-    @property
-    def has_task(self) -> bool:
+    def has_task_moe(self) -> bool:
         return self.moe in ("both", "task")
+
+    def label(self, backbone: str) -> str:
+        """The paper's name of this variant (Tables 1 and 10)."""
+        return {
+            "both": f"T2MIR-{backbone}",
+            "token": f"T2MIR-{backbone} w/o Task-MoE",
+            "task": f"T2MIR-{backbone} w/o Token-MoE",
+            "none": backbone,
+        }[self.moe]
 
     @property
     def moe_block(self) -> int:
-        """Which block's feed-forward layer the MoE replaces (App. G.2: first, L/2-th or last)."""
-        return {"top": self.layers - 1, "middle": (self.layers + 1) // 2 - 1, "bottom": 0}[
-            self.moe_position
-        ]
+        """Which block the switches above speak of (App. G.2: first, L/2-th or last)."""
+        middle = (self.layers + 1) // 2 - 1  # the L/2-th, counted from 0; rounded up where L is odd
+        return {"top": self.layers - 1, "middle": middle, "bottom": 0}[self.moe_position]
 
     @property
-    def cacheable(self) -> bool:
+    def moe_blocks(self) -> tuple[int, ...]:
+        """The blocks with experts; their losses are summed."""
+        return () if self.moe == "none" else (self.moe_block,)
+
+    @property
+    def decodable(self) -> bool:
         """Whether tokens can be decoded one at a time with the result of the full forward pass.
 
-        Not with a query in front; nor when Eq. 4's gate, which changes with every new token, feeds
-        later blocks, whose cached keys would then be stale.
+        Not where Eq. 4's gate of the whole sequence, which changes with every new token, feeds
+        later blocks: keys that these have cached would be of an older gate.
         """
-        stale = self.has_task and self.routing == "sequence" and self.moe_block != self.layers - 1
-        return not stale and (self.backbone == "ad" or self.last)
+        below_the_top = any(block != self.layers - 1 for block in self.moe_blocks)
+        return not (below_the_top and self.has_task_moe and self.routing == "sequence")
 
 
 @dataclass
 class Output:
-    """What one forward pass gives the training loop."""
+    """What one forward pass gives a method's loss and the diagnostics."""
 
-    action: Tensor  # (B, R, A) logits, or actions in [-1, 1]
-    balance: Tensor  # () Eq. 3
-    contrastive: Tensor  # () Eq. 7; 0 without a task-wise MoE or without positives in the batch
-    accuracy: Tensor  # () share of queries whose best key is a positive
-    token_expert: Tensor | None  # (B, S, k) kept experts, best first
-    task_expert: Tensor | None  # (B, k) or (B, R, k)
-    modality: Tensor  # (S,) 0 state, 1 action, 2 reward, 3 query
+    action: Float[Tensor, "B R A"]  # logits, or actions in [-1, 1]
+    losses: dict[str, Tensor]  # weighted: Eq. 3, and w_con times Eq. 7
+    metrics: dict[str, Tensor]  # only looked at: Eq. 7 without its weight, its accuracy
+    moe: list[MoEOutput]  # one for each block with experts, from the bottom up
+    modality: Int[Tensor, " S"]  # of each token: 0 state, 1 action, 2 reward, 3 query
 
 
-# ----------------------------------------------------------------------------------------- attention
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (B, H, S, d), k, v (B, H, S', d) -> (B, H, S, d).
-
-    Without a mask it is causal, the last query aligned with the last key. flash-attn serves causal calls
-    in half precision on CUDA; `scaled_dot_product_attention` everything else.
-    """
-    s, keys, d = q.shape[2], k.shape[2], q.shape[3]
-    if (
-        mask is None
-        and flash_attn_func is not None
-        and q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-    ):
-        # flash-attn's layout is (B, S, H, d), its causal mask aligned at the last key as well
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
-    if mask is None and s != keys and s > 1:
-        mask = torch.ones(s, keys, dtype=torch.bool, device=q.device).tril(keys - s)
-    causal = mask is None and s > 1
-    if d < 16 and not q.is_cuda:
-        # The CPU kernel is slow below 16 numbers a head (one vector register): zeros change nothing.
-        q, k, v = (F.pad(x, (0, 16 - d)) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=d**-0.5)
-    return out[..., :d]
-
-
-@dataclass
-class Cache:
-    """Keys, values and the running sum for h_bar of the tokens seen so far; made by `T2MIR.new_cache`."""
-
-    k: list[Tensor]  # a layer: (B, H, capacity, d)
-    v: list[Tensor]
-    length: int  # tokens in it
-    h_sum: Tensor  # (B, D) float32, sum of h at the MoE's block
-    previous: Tensor  # (B, D) embedding of the last token, for the token shift
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the old ones; views of all of them. Doubles when it is full."""
-        end = self.length + k.shape[2]
-        if end > self.k[layer].shape[2]:
-            for side in (self.k, self.v):
-                b, heads, _, d = side[layer].shape
-                bigger = side[layer].new_empty(b, heads, max(end, 2 * self.length), d)
-                bigger[:, :, : self.length] = side[layer][:, :, : self.length]
-                side[layer] = bigger
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-
-@dataclass
-class View:
-    """Which tokens see which: `prompt` causal tokens, then queries that see what `query_mask` says."""
-
-    prompt: int
-    query_mask: Tensor | None = None  # (B, 1, Q, prompt + Q) bool
-
-
+# ---------------------------------------------------------------------------------------- blocks
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    """Multi-head self-attention; while decoding, over all tokens of the cache."""
+
+    def __init__(self, cfg: ModelSettings, place: int):
         super().__init__()
-        self.heads = cfg.heads
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.place, self.heads = place, cfg.heads  # place: of its block, in the cache
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)  # queries, keys, values: one product for all
         self.out = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, view: View, cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "B S D"], view: View, cache: Cache | None
+    ) -> Float[Tensor, "B S D"]:
         b, s, d = x.shape
-        q, k, v = (
-            self.qkv(x).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        )  # (B, H, S, d)
-        if cache is not None:
-            k, v = cache.store(layer, k, v)
-        if view.query_mask is None:
-            y = attention(q, k, v)
+        qkv = self.qkv(x).view(b, s, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, d) each, d = D/H numbers a head
+        if cache is not None:  # decoding: S new tokens read all that came before them too
+            k, v = cache.store(self.place, k, v)  # (B, H, old + S, d)
+        if view.mask is None:
+            y = attention(q, k, v)  # causal: a_t is predicted from the past alone (Eq. 9)
         else:
-            n = view.prompt
-            y = attention(q[:, :, n:], k, v, view.query_mask)
+            # DPT, query last: the prompt is causal, queries see what their mask says. Two calls, so
+            # that the long part keeps the fast causal kernel and no query is a key of the prompt.
+            n = view.prompt.stop  # tokens of the prompt; 0 in a first episode
+            y = attention(q[:, :, n:], k, v, view.mask)  # (B, H, Q, d)
             if n:
                 y = torch.cat([attention(q[:, :, :n], k[:, :, :n], v[:, :, :n]), y], 2)
-        return self.out(y.transpose(1, 2).reshape(b, s, d))
-
-
-class Dropout(nn.Dropout):
-    """torch's, but on the CPU, where one thread draws the random numbers: 16 bits each instead of 64, which is a
-    twentieth of a training step. p is rounded to a multiple of 2^-16.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or not self.training or self.p == 0:
-            return super().forward(x)
-        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        cut = min(round(self.p * 2**16), 2**16 - 1)
-        keep = drawn.view(torch.int16)[: x.numel()].view(x.shape) >= cut - 2**15
-        return x * (keep.to(x.dtype) * (2**16 / (2**16 - cut)))
+        return self.out(y.transpose(1, 2).reshape(b, s, d))  # heads side by side: (B, S, D)
 
 
 class FeedForward(nn.Sequential):
@@ -245,235 +184,209 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward layer; in one block of the model the latter is the MoE layer."""
+    """Pre-norm attention, then a feed-forward layer or, in a block with experts, the MoE layer."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelSettings, place: int):
         super().__init__()
-        self.layer = layer
+        self.place = place  # 0 is the lowest block
         self.norm1, self.norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg, place)
         self.drop = Dropout(cfg.dropout)
-        self.is_moe = layer == cfg.moe_block and cfg.moe != "none"
-        if self.is_moe:
-            token = (cfg.token_experts, cfg.top_k, cfg.token_hidden)
-            task = (cfg.task_experts, cfg.top_k, cfg.task_hidden)
+        self.has_experts = place in cfg.moe_blocks
+        if self.has_experts:  # Fig. 2a: the MoEs stand in place of the feed-forward layer
             self.ff = MoELayer(
-                cfg.width, cfg.moe, token, task, cfg.w_importance, cfg.w_load, cfg.task_center
+                cfg.width,
+                cfg.moe,
+                token=(cfg.token_experts, cfg.top_k, cfg.token_hidden),
+                task=(cfg.task_experts, cfg.top_k, cfg.task_hidden),
+                routing=cfg.routing,
+                w_imp=cfg.w_importance,
+                w_load=cfg.w_load,
+                w_contrastive=cfg.w_contrastive,
+                center=cfg.task_center,
+                keys=cfg.keys,
             )
         else:
-            # Without MoE the block in its place is 1.5 times wider: as many active weights as T2MIR's.
-            wide = layer == cfg.moe_block and cfg.moe == "none"
+            # Plain AD and DPT are 1.5 times wider where T2MIR has experts: as many active weights.
+            wide = cfg.moe == "none" and place == cfg.moe_block
             self.ff = FeedForward(cfg.width, cfg.ff * 3 // 2 if wide else cfg.ff)
 
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        view: View,
+        cache: Cache | None = None,
+        read: Int[Tensor, " R"] | None = None,
+        task: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B R D"], MoEOutput | None]:
+        """The residual stream through one block, in training and in decoding (with a cache).
 
-# --------------------------------------------------------------------------------------------- model
+        `read`: only these tokens are wanted (the last block; None: all S, R = S). `task`: task
+        numbers of the rows, for Eq. 7.
+        """
+        x = x + self.drop(self.attention(self.norm1(x), view, cache))
+        h = self.norm2(x)  # "the hidden state after self-attention" of Sec. 4.1 and 4.2
+        if read is not None:  # only now: as keys and values of attention all tokens were needed
+            x = x.index_select(1, read)  # (B, R, D)
+        if self.has_experts:  # its routers need all of h, whatever is read
+            # The tokens that h lacks while decoding: h_bar (Eq. 4) is a mean over those too.
+            past = None if cache is None else Past(cache.h_sum[self.place], cache.length)
+            moe = self.ff(h, view, read, past, task)
+            return x + self.drop(moe.y), moe
+        if read is not None:
+            h = h.index_select(1, read)
+        return x + self.drop(self.ff(h)), None  # token by token: what is not read has no effect
+
+
+# --------------------------------------------------------------------------------------- model
 class T2MIR(nn.Module):
-    """The policy pi_theta of both backbones. `model(batch)` trains; `new_cache` and `feed` play."""
+    """The policy pi_theta. Subclasses (ad.py, dpt.py) say in `forward(batch)` which tokens a batch
+    is; `new_cache` and `decode` play, a few tokens at a time.
+    """
 
-    def __init__(self, cfg: ModelConfig):
+    first_time = 0  # position of an episode's first step: AD 0..T-1, DPT 1..T (0 is the query's)
+
+    def __init__(self, cfg: ModelSettings, family: Family):
         super().__init__()
-        self.cfg = cfg
-        if cfg.state_values:
-            starts = torch.tensor([0, *cfg.state_values[:-1]]).cumsum(0)
-            self.register_buffer("coordinate", starts, persistent=False)
-            self.embed_state = nn.Embedding(sum(cfg.state_values), cfg.width)
-            self.register_buffer(
-                "span", (torch.tensor(cfg.state_values) - 1.0).clamp_min(1), persistent=False
-            )
-            self.embed_place = nn.Linear(cfg.state_dim, cfg.width, bias=False)
+        cfg.check()
+        self.cfg, self.family = cfg, family
+        # App. F: an embedding of its own for each modality
+        cells = family.state_values  # a grid: how many values each coordinate takes
+        if cells:
+            # One table for all coordinates, each with rows of its own, and a linear sense of place.
+            offsets = torch.tensor([0, *cells[:-1]]).cumsum(0)  # 10 x 10: x has rows 0-9, y 10-19
+            self.register_buffer("coordinate", offsets, persistent=False)  # follows the family
+            self.embed_state = nn.Embedding(sum(cells), cfg.width)
+            span = (torch.tensor(cells) - 1.0).clamp_min(1)  # it divides: never 0
+            self.register_buffer("span", span, persistent=False)
+            # Tells that neighbouring cells are near: rows of the table know nothing of one another.
+            self.embed_place = nn.Linear(family.state_dim, cfg.width, bias=False)
         else:
-            self.embed_state = nn.Linear(cfg.state_dim, cfg.width)
-        action = nn.Embedding if cfg.discrete_actions else nn.Linear
-        self.embed_action = action(cfg.action_dim, cfg.width)
+            self.embed_state = nn.Linear(family.state_dim, cfg.width)
+        action = nn.Embedding if family.discrete_actions else nn.Linear  # ids, or numbers
+        self.embed_action = action(family.action_dim, cfg.width)
         self.embed_reward = nn.Linear(1, cfg.width)
-        self.embed_time = nn.Embedding(cfg.horizon + 1, cfg.width)  # 0 is the query's own in DPT
-        self.embed_modality = nn.Parameter(torch.empty(3, cfg.width))  # a bias each for s, a and r
+        # Sec. 4.3: s_t, a_t and r_t share the position embedding of their time step.
+        self.embed_time = nn.Embedding(family.horizon + 1, cfg.width)  # T steps, and DPT's query
+        # With a bias for each modality the token router tells them apart from the first step on.
+        self.modality_bias = nn.Parameter(torch.empty(3, cfg.width))
         for table in (m.weight for m in self.children() if isinstance(m, nn.Embedding)):
-            nn.init.normal_(table, std=0.5)
-        nn.init.normal_(self.embed_modality)
-        if cfg.state_values:
+            nn.init.normal_(table, std=0.5)  # not torch's 1: a token is a sum of several rows
+        nn.init.normal_(self.modality_bias)  # twice a table row's: hard to miss
+        if cells:
             nn.init.normal_(self.embed_place.weight)
         if cfg.token_shift:
-            self.shift = nn.Parameter(torch.full((cfg.width,), 0.5))
+            self.shift = nn.Parameter(torch.full((cfg.width,), 0.5))  # g: at first half of e_{i-1}
         self.drop = Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
-        self.norm = nn.LayerNorm(cfg.width)
-        self.head = nn.Linear(cfg.width, cfg.action_dim)
+        self.norm = nn.LayerNorm(cfg.width)  # pre-norm blocks only add: scale their sum
+        self.head = nn.Linear(cfg.width, family.action_dim)  # App. F: "a linear", then tanh
 
-    # ------------------------------------------------------------------------------------ embeddings
-    def _state(self, states: Tensor) -> Tensor:
-        if self.cfg.state_values:
-            place = self.embed_place(2 * states / self.span - 1)
-            return (
-                self.embed_state(states + self.coordinate).sum(-2) + place + self.embed_modality[0]
-            )
-        return self.embed_state(states) + self.embed_modality[0]
+    # ---------------------------------------------------------------------------- embeddings
+    def state_token(self, states: Tensor) -> Tensor:
+        """(..., ds) -> (..., D), without a position."""
+        if not self.family.state_values:
+            return self.embed_state(states) + self.modality_bias[0]
+        place = self.embed_place(2 * states / self.span - 1)  # coordinates in [-1, 1]
+        return self.embed_state(states + self.coordinate).sum(-2) + place + self.modality_bias[0]
 
-    def embed_prompt(self, prompt: Prompt, start: int = 0) -> Tensor:
-        """s, a, r interleaved: (B, 3n, D); `start` is the time within the episode of the first step."""
-        state, action = (
-            self._state(prompt.states),
-            self.embed_action(prompt.actions) + self.embed_modality[1],
-        )
-        reward = (
-            self.embed_reward(prompt.rewards[..., None] / self.cfg.reward_scale)
-            + self.embed_modality[2]
-        )
-        time = (start + torch.arange(prompt.steps, device=reward.device)) % self.cfg.horizon
-        time = self.embed_time(time + (self.cfg.backbone == "dpt"))  # DPT: 1..T, AD: 0..T-1
+    def embed_prompt(self, prompt: Prompt, start: int = 0) -> Float[Tensor, "B three_n D"]:
+        """s, a, r interleaved: n steps to 3 n tokens (Eq. 9). `start`: the first step's time."""
+        state = self.state_token(prompt.states)
+        action = self.embed_action(prompt.actions) + self.modality_bias[1]
+        reward = prompt.rewards[..., None] / self.family.reward_scale  # (B, n, 1)
+        reward = self.embed_reward(reward) + self.modality_bias[2]  # (B, n, D), as the others
+        steps = torch.arange(prompt.steps, device=reward.device)
+        # Positions are times and start again with every episode (Sec. 4.3): a longer prompt at test
+        # time brings none that training has not seen.
+        time = self.embed_time((start + steps) % self.family.horizon + self.first_time)  # (n, D)
         return (torch.stack([state, action, reward], 2) + time[:, None]).flatten(1, 2)
 
-    def embed_query(self, states: Tensor) -> Tensor:
-        """(B, Q, ds) -> (B, Q, D), at position 0."""
-        return self._state(states) + self.embed_time.weight[0]
-
-    def _shifted(self, x: Tensor, start: int = 0, previous: Tensor | None = None) -> Tensor:
-        """Token shift: e_i + g * e_{i-1}, g learned, one number a channel. Nothing passes from one episode to
-        the next. `start` tokens of whole episodes and steps precede x, the last of them `previous` (B, D).
+    def shifted(
+        self, x: Float[Tensor, "B S D"], start: int = 0, previous: Tensor | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Token shift: e_i + g * e_{i-1}, g learned, one number a channel. Nothing passes from one
+        episode to the next. `start` tokens come before x, the last of them `previous` (B, D).
         """
         if not self.cfg.token_shift:
             return x
         before = torch.zeros_like(x[:, :1]) if previous is None else previous[:, None]
         index = start + torch.arange(x.shape[1], device=x.device)
-        inside = (index % (3 * self.cfg.horizon) != 0).to(x.dtype)[:, None]
+        inside = (index % (3 * self.family.horizon) != 0).to(x.dtype)[:, None]  # 0 at s_0
         return x + self.shift * inside * torch.cat([before, x[:, :-1]], 1)
 
-    # -------------------------------------------------------------------------------------- training
-    def forward(self, batch: ADBatch | DPTBatch) -> Output:
-        """One pass over a batch. AD: R = n predictions (Eq. 10). DPT: R = n + 1 for one label (Eq. 11), or
-        R = Q, one for each label, with the query last.
-        """
-        x = self._shifted(self.embed_prompt(batch.prompt))
-        n, device = batch.prompt.steps, x.device
-        modality = torch.arange(3 * n, device=device) % 3
-        state_tokens = torch.arange(0, 3 * n, 3, device=device)
-        view, read, visible = View(x.shape[1]), state_tokens, None
-        if self.cfg.last:
-            query = self.embed_query(batch.query_states)
-            q, visible = query.shape[1], 3 * batch.visible
-            sees = torch.arange(3 * n, device=device) < visible[..., None]  # (B, Q, 3n)
-            itself = torch.eye(q, dtype=torch.bool, device=device).expand(len(sees), q, q)
-            view = View(3 * n, torch.cat([sees, itself], -1)[:, None])
-            x = torch.cat([x, query], 1)
-            read = torch.arange(3 * n, 3 * n + q, device=device)
-            modality = torch.cat([modality, modality.new_full((q,), 3)])
-        elif self.cfg.backbone == "dpt":
-            x = torch.cat([self.embed_query(batch.query_states), x], 1)
-            modality = torch.cat([modality.new_full((1,), 3), modality])
-            view, read = View(x.shape[1]), torch.cat([state_tokens.new_zeros(1), state_tokens + 1])
-        return self._run(x, view, read, modality, batch.task, visible)
-
-    def _run(
+    # ------------------------------------------------------------------------- the residual stream
+    def run(
         self,
-        x,
+        x: Float[Tensor, "B S D"],
         view: View,
-        read: Tensor,
-        modality: Tensor,
-        task: Tensor | None,
-        visible: Tensor | None,
+        read: Int[Tensor, " R"],
+        cache: Cache | None = None,
+        task: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B R A"], list[MoEOutput]]:
+        """Tokens through all blocks to the actions at the tokens `read`. The one path of training
+        and decoding.
+        """
+        x, outputs = self.drop(x), []
+        for block in self.blocks:
+            top = block is self.blocks[-1]  # above it, nothing looks at tokens that are not read
+            x, moe = block(x, view, cache, read if top else None, task)
+            if moe is not None:
+                outputs.append(moe)
+        action = self.head(self.norm(x))  # (B, R, A)
+        # App. F: a tanh keeps continuous actions in [-1, 1]; discrete ones are logits.
+        return action if self.family.discrete_actions else action.tanh(), outputs
+
+    def output(
+        self, x: Tensor, view: View, read: Tensor, modality: Tensor, task: Tensor | None
     ) -> Output:
-        cfg, zero = self.cfg, x.new_zeros((), dtype=torch.float32)
-        x, balance, contrast, experts = self.drop(x), zero, (zero, zero), (None, None)
-        for block in self.blocks:
-            x = x + block.drop(block.attention(block.norm1(x), view, None, block.layer))
-            h = block.norm2(x)
-            top = block.layer == cfg.layers - 1
-            wanted = read if top else None  # nothing above the last block reads the other tokens
-            if top:
-                x = x.index_select(1, read)
-            if block.is_moe:
-                h_bar = self._h_bar(h, view, wanted, visible) if cfg.has_task else None
-                out = block.ff(h, h_bar, wanted)
-                y, balance, experts = out.y, out.balance, (out.token_expert, out.task_expert)
-                if cfg.has_task and task is not None:
-                    contrast = self._contrast(block.ff, h[:, : view.prompt], task)
-            else:
-                y = block.ff(h if wanted is None else h.index_select(1, wanted))
-            x = x + block.drop(y)
-        return Output(self._head(x), balance, *contrast, *experts, modality)
+        """A training pass. Over the blocks with experts, losses are summed and metrics averaged."""
+        action, moe = self.run(x, view, read, task=task)
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for layer in moe:
+            for name, value in layer.losses.items():
+                losses[name] = losses.get(name, 0.0) + value
+            for name, value in layer.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(moe)  # only looked at
+        return Output(action, losses, metrics, moe, modality)
 
-    def _head(self, x: Tensor) -> Tensor:
-        action = self.head(self.norm(x))
-        return action if self.cfg.discrete_actions else action.tanh()
+    def update_key_router(self) -> None:
+        """Eq. 8, after the optimiser's step (Alg. 1 l. 15, Alg. 3 l. 22), of the new weights."""
+        for layer in self.modules():
+            if isinstance(layer, MoELayer):
+                layer.update_key(self.cfg.momentum)
 
-    def _h_bar(self, h: Tensor, view: View, read: Tensor | None, visible: Tensor | None) -> Tensor:
-        """What the task router reads (Eq. 4): (B, D) for a whole row, or (B, R, D)."""
-        if self.cfg.routing == "token":
-            return h if read is None else h.index_select(1, read)
-        if self.cfg.routing == "sequence" and visible is None:
-            return h.mean(1)
-        n = view.prompt
-        total = h[:, :n].float().cumsum(1)  # (B, n, D)
-        mean = total / torch.arange(1, n + 1, device=h.device)[:, None]
-        if (
-            visible is not None
-        ):  # a query is a sequence of its own: what it sees of the prompt, and itself
-            before = F.pad(total, (0, 0, 1, 0))  # (B, n+1, D): sums of the first 0, 1, ... tokens
-            seen = before.gather(1, visible[..., None].expand(-1, -1, h.shape[-1]))
-            mean = torch.cat([mean, (seen + h[:, n:]) / (visible[..., None] + 1)], 1)
-        mean = mean.to(h.dtype)
-        return mean if read is None else mean.index_select(1, read)
-
-    def _contrast(self, layer: MoELayer, h: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 7 on the whole trajectory: the router of its mean; with token routing, its mean logits."""
-        return layer.task_router.contrast(h if self.cfg.routing == "token" else h.mean(1), task)
-
-    def update_key_router(self, beta: float) -> None:
-        """Eq. 8, after the optimiser's step."""
-        for block in self.blocks:
-            if block.is_moe and self.cfg.has_task:
-                block.ff.task_router.update_key(beta)
-
-    def last_action(self, prompt: Prompt) -> Tensor:
-        """AD: (B, A) at the last state of a whole context; its own action and reward are not read."""
-        x = self._shifted(self.embed_prompt(prompt))[:, :-2]
-        read = torch.tensor([x.shape[1] - 1], device=x.device)
-        modality = torch.arange(x.shape[1], device=x.device) % 3
-        return self._run(x, View(x.shape[1]), read, modality, None, None).action[:, 0]
-
-    # --------------------------------------------------------------------------- incremental decoding
+    # --------------------------------------------------------------------- incremental decoding
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` sequences; it grows beyond `capacity` tokens by itself.
 
-        Raises ValueError for a model whose tokens cannot be decoded one at a time (`ModelConfig.cacheable`).
+        Raises ValueError for a model whose tokens cannot be decoded one at a time.
         """
-        cfg, weight = self.cfg, self.head.weight
-        if not cfg.cacheable:
-            raise ValueError(
-                "this model cannot be cached: its query stands first, or its gate changes with every token"
-            )
+        cfg, like = self.cfg, self.head.weight
+        if not cfg.decodable:
+            raise ValueError("this model cannot be cached: its gate changes with every token")
         shape = (rows, cfg.heads, max(1, capacity), cfg.width // cfg.heads)
-        k, v = ([weight.new_empty(shape) for _ in range(cfg.layers)] for _ in range(2))
-        zero = weight.new_zeros(rows, cfg.width)
-        return Cache(k, v, 0, zero.float(), zero)
+        k, v = ([like.new_empty(shape) for _ in range(cfg.layers)] for _ in range(2))
+        zero = like.new_zeros(rows, cfg.width)  # the token before the first: shifts by nothing
+        return Cache(k, v, [zero.float() for _ in range(cfg.layers)], zero)  # sums: float32
 
-    def feed(self, tokens: Tensor, cache: Cache, keep: bool = True) -> Tensor:
-        """Run new embedded tokens (B, S, D) behind those of the cache -> action (B, A) read at the last one.
+    def decode(
+        self, tokens: Float[Tensor, "B S D"], cache: Cache, keep: bool = True
+    ) -> Float[Tensor, "B A"]:
+        """Run new embedded tokens behind those of the cache; the action read at the last one.
 
-        keep=False leaves the cache as it was (a DPT query, which nothing may see afterwards); then tokens
-        are not shifted either, as in training.
+        keep=False leaves the cache as it was (a DPT query, which nothing may see afterwards); then
+        tokens are not shifted either, as in training.
         """
-        cfg, x = self.cfg, self._shifted(tokens, cache.length, cache.previous) if keep else tokens
-        s, h_sum = x.shape[1], None
-        for block in self.blocks:
-            x = x + block.attention(block.norm1(x), View(s), cache, block.layer)
-            h = block.norm2(x)
-            top = block.layer == cfg.layers - 1
-            read = torch.tensor([s - 1], device=x.device) if top else None
-            if top:
-                x = x[:, -1:]
-            if block.is_moe:
-                total = cache.h_sum[:, None] + h.float().cumsum(1)  # (B, S, D)
-                h_sum = total[:, -1]
-                count = cache.length + torch.arange(1, s + 1, device=x.device)[:, None]
-                h_bar = h if cfg.routing == "token" else (total / count).to(h.dtype)
-                y = block.ff(h, h_bar if read is None else h_bar.index_select(1, read), read).y
-            else:
-                y = block.ff(h[:, -1:] if top else h)
-            x = x + y
-        if keep:
-            cache.length += s
-            cache.previous = tokens[:, -1]
-            if h_sum is not None:
-                cache.h_sum = h_sum
-        return self._head(x)[:, 0]
+        x = self.shifted(tokens, cache.length, cache.previous) if keep else tokens
+        count = x.shape[1]
+        last = torch.tensor([count - 1], device=x.device)  # R = 1
+        action, moe = self.run(x, View(slice(0, count)), last, cache)
+        if keep:  # else the next call overwrites what stands behind `length`
+            cache.length += count
+            cache.previous = tokens[:, -1]  # not shifted itself, as in training
+            for block, layer in zip(self.cfg.moe_blocks, moe, strict=True):
+                if layer.total is not None:  # without a task router nothing reads the sum
+                    cache.h_sum[block] = layer.total
+        return action[:, 0]  # (B, A)

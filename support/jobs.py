@@ -1,10 +1,15 @@
-"""jobs.py: independent pieces of work on local processes or on a Ray cluster (tasks and seeds do not need each other).
+"""jobs.py: independent pieces of work on local processes or on a Ray cluster (tasks, seeds).
 
 in : a function and its jobs          out: their results, in order
-The function gets `(job, alive)`; long ones call `alive()` now and then, which raises `Stopped` when the command
-that started them is gone or was asked to stop. What they keep on disk makes the next start continue. The same
-function runs with the same arguments wherever it is, on one thread: the bytes it writes do not depend on how many
-run beside it, or where.
+Service code: nothing of the paper is here.
+
+The function gets `(job, alive)`. A long one calls `alive()` now and then, between two writes: it
+raises `Stopped` when the command that started the job is gone or was asked to stop. What the job
+keeps on disk makes the next start continue. It runs with the same arguments wherever it is, and on
+one thread: the bytes it writes do not depend on how many run beside it, or where.
+
+Not joblib: at an exception or Ctrl-C it kills its workers in the middle of a write, those of a
+killed command stay for minutes, and nothing can be called while it waits.
 """
 
 from __future__ import annotations
@@ -14,78 +19,97 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
-Work = Callable[[object, Callable[[], None]], object]
-_stop = None  # in a worker: the event that asks it to end
-_busy = threading.Lock()  # in a worker: held while a job runs
+from support.files import progress
+
+Work = Callable[[Any, Callable[[], None]], Any]  # (job, alive) -> result
 
 
 class Stopped(Exception):
     """Raised inside a job whose command has ended."""
 
 
-def _begin(stop) -> None:
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+# -------------------------------------------------------------------------------------- in a worker
+_stop_asked: Any = None  # the event by which the command asks its workers to end
+_job_in_hand = threading.Lock()  # held while a job runs
+
+
+def _begin_worker(stop_asked) -> None:
+    """The first thing in every worker."""
+    global _stop_asked
+    _stop_asked = stop_asked
+    # A terminal sends Ctrl-C to all of a command's processes; the command alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_end_with_command, daemon=True).start()
 
 
-def _follow() -> None:
-    """End with the command: a worker of a killed one would wait for its next job for ever."""
-    multiprocessing.parent_process().join()
-    with _busy:  # the job in hand notices by `alive`, between two writes
+def _command():
+    """The process that started this worker."""
+    command = multiprocessing.parent_process()
+    assert command is not None, "only workers have one"
+    return command
+
+
+def _end_with_command() -> None:
+    """A worker of a killed command would wait for its next job for ever."""
+    _command().join()
+    with _job_in_hand:  # the job notices by `alive`, between two writes
         os._exit(1)
 
 
 def _alive() -> None:
-    if _stop.is_set() or not multiprocessing.parent_process().is_alive():
+    if _stop_asked.is_set() or not _command().is_alive():
         raise Stopped
 
 
-def _local(work: Work, job) -> object:
-    with _busy:
-        _alive()  # it may have waited in the pool's queue
+def _run_here(work: Work, job):
+    with _job_in_hand:
+        _alive()  # the job may have waited in the pool's queue meanwhile
         return work(job, _alive)
 
 
-def _remote(work: Work, job) -> object:
+def _run_on_cluster(work: Work, job):
     torch.set_num_threads(1)
     return work(job, lambda: None)  # Ray ends its workers itself
 
 
+# ----------------------------------------------------------------------------------- in the command
 def run_jobs(
     work: Work,
     jobs: Iterable,
     workers: int,
     cluster: str | None = None,
-    watch: Callable[[], None] = lambda: None,
+    watch: Callable[[], object] = lambda: None,
 ) -> list:
     """`work` on every job; `watch` is called every second meanwhile (progress bars).
 
-    `workers` local processes, or all of the Ray cluster at `cluster` (`local` starts one here). An exception of a job
-    ends everything and is raised here; so does Ctrl-C, after the jobs have noticed.
+    `workers` local processes, or all of the Ray cluster at `cluster` (`local` starts one here).
+    An exception of a job ends everything and is raised here, at once; so does Ctrl-C, after the
+    jobs have noticed. Raises OSError with one line when a worker was killed.
     """
     jobs = list(jobs)
     if cluster:
-        return _run_on_ray(work, jobs, cluster, watch)
+        return _run_jobs_on_ray(work, jobs, cluster, watch)
+    # Fresh interpreters: a fork would copy the threads' locks of torch in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _begin, (stop,)) as pool:
+    stop_asked = context.Event()
+    workers = max(1, min(workers, len(jobs)))
+    with ProcessPoolExecutor(workers, context, _begin_worker, (stop_asked,)) as pool:
         try:
-            mask = signal.pthread_sigmask(
-                signal.SIG_BLOCK, {signal.SIGINT}
-            )  # as workers start, it would kill them
+            # Ctrl-C waits while workers start: they would die of it before they can ignore it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                futures = [pool.submit(_local, work, job) for job in jobs]
+                futures = [pool.submit(_run_here, work, job) for job in jobs]
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             waiting = set(futures)
@@ -93,35 +117,51 @@ def run_jobs(
                 done, waiting = wait(waiting, timeout=1)
                 watch()
                 for future in done:
-                    future.result()  # raises what the job raised, at once
+                    future.result()  # raises what the job raised
         except BrokenProcessPool:
             raise OSError(
                 "a worker process was killed (out of memory?); the same command continues"
             ) from None
         except BaseException:
-            stop.set()
+            stop_asked.set()
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
 
 
-def _run_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], None]) -> list:
+@contextmanager
+def bar_of(
+    done: Callable[[], int], total: int, title: str, unit: str, quiet: bool
+) -> Iterator[Callable[[], object]]:
+    """A progress bar that asks `done` how far the work is; gives what `run_jobs` takes as `watch`.
+
+    Files are counted, not jobs: a stopped run's are there already, and one job may write many.
+    """
+    initial = done()
+    with progress(total=total, initial=initial, desc=title, unit=unit, disable=quiet) as bar:
+        yield lambda: bar.update(done() - bar.n)
+
+
+def _run_jobs_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], object]) -> list:
     import ray
 
-    here = str(Path(__file__).resolve().parent)  # on a cluster: a path that all machines see
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    # Ray's workers import this project from where it is: a path that all machines see.
+    project = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
     quiet = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
     ray.init(cluster, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     try:
-        remote = ray.remote(num_cpus=1, max_retries=0)(_remote)
-        waiting = references = [remote.remote(work, job) for job in jobs]
+        # No retries: a job that fails is one line and a new start, as it is locally.
+        remote = ray.remote(num_cpus=1, max_retries=0)(_run_on_cluster)
+        references = [remote.remote(work, job) for job in jobs]
+        waiting = references
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
             watch()
             try:
                 ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+                raise error.cause from None  # what the job raised
             except ray.exceptions.RayError as error:
                 raise OSError(
                     f"Ray lost a job ({type(error).__name__}); the same command continues"
@@ -132,12 +172,12 @@ def _run_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], None])
 
 
 def check_cluster(cluster: str | None) -> None:
-    """Raises ValueError with one line when Ray is asked for and missing, or when nobody answers at its address."""
+    """Raises ValueError with one line when Ray is asked for and missing, or does not answer."""
     if cluster and find_spec("ray") is None:
         raise ValueError("--cluster needs Ray: pip install 't2mir[ray]'")
     host, _, port = (cluster or "").rpartition(":")
-    if port.isdigit() and "/" not in host:
-        try:  # Ray itself tries for minutes
+    if port.isdigit() and "/" not in host:  # host:port; Ray knows the other forms itself
+        try:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
             raise ValueError(f"--cluster: no Ray answers at {cluster} ({error})") from None

@@ -1,13 +1,16 @@
-"""Fixtures shared by the tests: two tiny DarkRoom datasets (8 training and 4 held-out goals) and one of Point-Robot
-(5 and 2), whose teachers have 16 hidden units and 400 steps.
+"""Fixtures shared by the tests: tiny datasets.
+
+Two of DarkRoom (8 training and 4 held-out goals) and one of Point-Robot (5 and 2), whose teachers
+have 16 hidden units and 400 steps.
 """
 
 import json
 
 import pytest
-from tiny import at_home
+from commands import at_home, changed
 
-from collect import CollectConfig, collect
+from collect import collect
+from config import Collection, Data, Teachers, Work
 from data import load_dataset
 
 TRAIN = [[0, 0], [9, 9], [0, 5], [3, 4], [7, 2], [5, 5], [1, 8], [9, 0]]
@@ -16,11 +19,12 @@ TEST = [[2, 2], [8, 6], [4, 0], [0, 9]]
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory):
-    """Settings of the tiny dataset of the recipe `paper`; tests change them with dataclasses.replace."""
+    """Settings of the tiny dataset of the recipe `paper`; tests change them with `changed`."""
     folder = tmp_path_factory.mktemp("datasets")
     goals = folder / "goals.json"
     goals.write_text(json.dumps({"train": TRAIN, "test": TEST}))
-    return CollectConfig(episodes=10, queries=50, tasks=str(goals), folder=str(folder))
+    data = Data(data_episodes=10, data_queries=50, tasks=str(goals), datasets=str(folder))
+    return Collection(data)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,7 @@ def paper_folder(tiny_config):
 
 @pytest.fixture(scope="session")
 def explore_config(tiny_config):
-    return CollectConfig(**{**vars(tiny_config), "recipe": "explore"})
+    return changed(tiny_config, recipe="explore")
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +45,29 @@ def explore_folder(explore_config):
 
 @pytest.fixture(scope="session")
 def point_config(tmp_path_factory):
-    """Settings of the tiny dataset of Point-Robot: ten checkpoints of each task, of groups of 3, 3 and 1 tasks."""
-    return CollectConfig(
-        env="point-robot", episodes=23, queries=40, train_tasks=5, test_tasks=2, teacher_steps=400,
-        teacher_save_every=40, teacher_warmup=40, teacher_hidden=16, teacher_batch=32, teacher_lr=3e-3, teacher_alpha=0.02,
-        teacher_group=3, workers=1, folder=str(tmp_path_factory.mktemp("point")),
-    )  # fmt: skip
+    """Settings of the tiny dataset of Point-Robot: groups of 3, 3 and 1 tasks.
+
+    Each task has ten checkpoints.
+    """
+    data = Data(
+        env="point-robot",
+        data_episodes=23,
+        data_queries=40,
+        train_tasks=5,
+        test_tasks=2,
+        datasets=str(tmp_path_factory.mktemp("point")),
+    )
+    teachers = Teachers(
+        teacher_steps=400,
+        teacher_save_every=40,
+        teacher_warmup=40,
+        teacher_hidden=16,
+        teacher_batch=32,
+        teacher_lr=3e-3,
+        teacher_alpha=0.02,
+        teacher_group=3,
+    )
+    return Collection(data, teachers, Work(workers=1))
 
 
 @pytest.fixture(scope="session")

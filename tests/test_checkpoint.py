@@ -1,22 +1,26 @@
-"""test_checkpoint.py: a run can be stopped, killed and continued (Algorithms 1 and 3), and is never overwritten.
+"""A run can be stopped, killed and continued (Algorithms 1 and 3), and is never overwritten.
 
-Runs are compared by every tensor of their checkpoints: weights, both routers, AdamW's moments, random streams.
-Run: python -m pytest -q tests/test_checkpoint.py
+Runs are compared by every tensor of their checkpoints: weights, both routers, AdamW's moments,
+random streams. Run: pytest tests/test_checkpoint.py
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from dataclasses import fields
 
 import pytest
 import torch
+from commands import contents, run, start
 from safetensors.torch import save_file
-from tiny import command, contents, differing, rows, run, start, tensors, trainer, untimed
+from tiny import command, differing, rows, tensors, trainer, untimed
 
 import train
-from support import checkpoint
+from config import Play, Run, Work
+from support import checkpoint, files
 
 LONG = {"steps": 40, "checkpoint_every": 5}  # long enough to be caught at work
 FILE = checkpoint.FILE
@@ -54,7 +58,7 @@ def copy(few, tmp_path):
     return shutil.copytree(few, tmp_path / "copy")
 
 
-# ------------------------------------------------------------------------------------ stop and resume
+# --------------------------------------------------------------------------------- stop and resume
 def caught(argv, folder, number):
     """A run as a process of its own that is sent a signal once train.csv has seven rows."""
     process = start(argv)
@@ -70,15 +74,11 @@ def caught(argv, folder, number):
 
 
 def test_sigterm_ends_a_run_that_continues_bit_for_bit(fit, whole, tiny_config, tmp_path):
-    code, out, err = caught(
-        command(tiny_config, tmp_path / "run", **LONG), tmp_path / "run", signal.SIGTERM
-    )
+    argv = command(tiny_config, tmp_path / "run", **LONG)
+    code, out, err = caught(argv, tmp_path / "run", signal.SIGTERM)
     done = len(rows(tmp_path / "run"))
-    assert (
-        code == 128 + signal.SIGTERM
-        and f"stopped at step {done} of 40" in out
-        and "--resume" in out
-    )
+    assert code == 128 + signal.SIGTERM
+    assert f"stopped at step {done} of 40" in out and "--resume" in out
     assert "Traceback" not in err and checkpoint.read(tmp_path / "run")[1]["step"] == str(done)
     fit(tmp_path / "run", resume=True, **LONG)
     assert differing(tmp_path / "run", whole("dpt")) == []
@@ -86,7 +86,7 @@ def test_sigterm_ends_a_run_that_continues_bit_for_bit(fit, whole, tiny_config, 
 
 
 def continues_from_the_last_checkpoint(fit, whole, folder, backbone):
-    """Rows that the checkpoint has not seen are written anew; settings that only watch the run may change."""
+    """Rows that the checkpoint has not seen are written anew; what only watches may change."""
     assert int(checkpoint.read(folder)[1]["step"]) % 5 == 0
     fit(folder, backbone, resume=True, **LONG | {"checkpoint_every": 7, "eval_every": 20})
     assert differing(folder, whole(backbone)) == []
@@ -102,15 +102,15 @@ def test_a_killed_run_continues_from_its_last_checkpoint(fit, whole, tiny_config
 
 def in_step(patch, number, happens):
     """`happens` while the batch of that step is drawn."""
-    seen, sample = [], train.sample
+    seen, draw = [], train.draw
 
     def counted(*arguments):
         seen.append(1)
         if len(seen) == number:
             happens()
-        return sample(*arguments)
+        return draw(*arguments)
 
-    patch.setattr(train, "sample", counted)
+    patch.setattr(train, "draw", counted)
 
 
 def test_a_crashed_run_continues_from_its_last_checkpoint(fit, whole, tmp_path, monkeypatch):
@@ -129,10 +129,8 @@ def test_ctrl_c_finishes_the_step_in_hand(fit, whole, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         in_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
         fit(tmp_path / "run", "ad", **LONG)
-    assert (
-        end.value.code == 128 + signal.SIGINT
-        and "stopped at step 8 of 40" in capsys.readouterr().out
-    )
+    assert end.value.code == 128 + signal.SIGINT
+    assert "stopped at step 8 of 40" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
     fit(tmp_path / "run", "ad", resume=True, **LONG)
     assert differing(tmp_path / "run", whole("ad")) == []
@@ -167,9 +165,8 @@ def test_init_starts_from_the_weights_of_another_run(fit, few, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         in_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         fit(tmp_path / "run", **settings)
-    assert (
-        differing(fit(tmp_path / "run", resume=True, **settings), want) == []
-    )  # it does not start over
+    resumed = fit(tmp_path / "run", resume=True, **settings)
+    assert differing(resumed, want) == []  # it does not start over
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,7 @@ def test_init_refuses_weights_that_do_not_fit(fit, few, tmp_path, changes, named
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def refused(fit, folder, message, **changes):
     """One line, and not a byte of the folder is touched."""
     before = contents(folder)
@@ -204,10 +201,31 @@ def test_a_second_run_never_writes_into_the_first(fit, few, changes):
         ({"lr": 0.002}, "lr 0.001 -> 0.002"),
         ({"seed": 3}, "seed 0 -> 3"),
         ({"momentum": 0.5}, "momentum 0.9 -> 0.5"),
+        ({"layers": 1, "routing": "token"}, "routing prefix -> token, layers 2 -> 1"),
+        ({"queries": 5}, "queries 4 -> 5"),
+        ({"data_seed": 1}, "data_seed 0 -> 1"),
+        ({"steps": 9}, "steps 3 -> 9"),
+        ({"backbone": "ad"}, "is of --backbone dpt, not of ad"),
+        ({"env": "point-robot", "prompt_length": 20, "tasks": None}, "is of --env darkroom, not"),
     ],
 )
 def test_resume_names_the_setting_that_differs(fit, few, changes, message):
     refused(fit, few, message, resume=True, **changes)
+
+
+def test_resume_takes_new_settings_of_play_run_and_work(fit, few, copy, tiny_config):
+    """They do not change the weights; an evaluation of the run then begins with the new ones."""
+    changes = {
+        "episodes": 2, "actions": "greedy", "first": "random", "play_seed": 4, "prompt": "all",
+        "checkpoint_every": 7, "log_every": 3, "eval_every": 5, "eval_episodes": 2, "workers": 2,
+    }  # fmt: skip
+    free = {f.name for group in (Play, Run, Work) for f in fields(group)} | {"prompt"}
+    assert set(changes) <= free
+    fit(copy, resume=True, **changes)
+    assert differing(copy, few) == []
+    kept = checkpoint.load_config(copy)
+    assert (kept.play.episodes, kept.play.prompt, kept.work.workers) == (2, "all", 2)
+    assert kept.model == checkpoint.load_config(few).model
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -222,9 +240,98 @@ def test_resume_starts_where_there_is_nothing(fit, few, tmp_path):
         assert differing(fit(tmp_path / name, resume=True), few) == []
 
 
-# ----------------------------------------------------------------------------------- files that are not whole
+# ---------------------------------------------------------------------------------- the file itself
+def test_the_same_run_gives_the_same_bytes_but_for_its_time(fit, few, tmp_path):
+    again = fit(tmp_path / "again")
+    parts = []
+    for folder in (few, again):
+        blob = (folder / FILE).read_bytes()
+        end = 8 + int.from_bytes(blob[:8], "little")
+        header = json.loads(blob[8:end])
+        assert float(header["__metadata__"].pop("seconds")) > 0
+        parts.append((list(header.items()), blob[end:]))
+    assert parts[0] == parts[1]
+
+
+def test_files_have_the_mode_that_the_umask_says(fit, tmp_path):
+    before = os.umask(0o022)
+    try:
+        fit(tmp_path / "run", steps=1)
+    finally:
+        os.umask(before)
+    for name in (FILE, "config.json", "train.csv"):
+        assert (tmp_path / "run" / name).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+def test_a_flipped_byte_is_noticed(fit, few, copy, tmp_path, place, monkeypatch, capsys):
+    """By all that read a checkpoint: in its weights, moments and random streams."""
+    blob = bytearray((copy / FILE).read_bytes())
+    blob[int(place * len(blob))] ^= 4
+    (copy / FILE).write_bytes(blob)
+    damaged = f"{FILE} is damaged .*checksum differs"
+    refused(fit, copy, damaged, resume=True)
+    with pytest.raises(SystemExit, match=damaged):
+        fit(tmp_path / "run", init=copy)
+    ended = run("evaluate.py", [str(copy), "--episodes", "1"], monkeypatch, capsys)
+    assert "checksum differs" in ended.error
+
+
+TWO = """
+import torch
+from dpt import DPT
+
+
+class Two(DPT):
+    def make_optimizers(self):
+        head = list(self.model.head.parameters())
+        others = [p for n, p in self.model.named_parameters() if not n.startswith("head.")]
+        others = [p for p in others if p.requires_grad]
+        return {
+            "slow": torch.optim.Adam([{"params": head, "lr_scale": 0.1}], lr=1.0),
+            "sgd": torch.optim.SGD(others, lr=1.0, momentum=0.5),
+        }
+"""
+
+
+def test_a_method_with_two_optimisers_continues_bit_for_bit(fit, tmp_path, monkeypatch):
+    two = tmp_path / "two.py"
+    two.write_text(TWO)
+    want = fit(tmp_path / "whole", str(two), steps=6)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        in_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit(tmp_path / "run", str(two), steps=6)
+    assert checkpoint.read(tmp_path / "run")[1]["step"] == "3"
+    fit(tmp_path / "run", str(two), steps=6, resume=True)
+    assert differing(tmp_path / "run", want) == [] and untimed(tmp_path / "run") == untimed(want)
+    names = {name.rpartition(".")[2] for name in tensors(want) if name.startswith("optimizer.sgd.")}
+    assert names == {"momentum_buffer"} and "optimizer.slow.0.exp_avg" in tensors(want)
+    # without its moments it would be another run: they are what was continued
+    there = tensors(tmp_path / "run")
+    assert not there["optimizer.slow.0.exp_avg"].eq(0).all()
+
+
+# ------------------------------------------------------------------------- files that are not whole
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(folder, **settings):
+    """Edit settings in config.json, each in its group; those of no group at the top."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for name, value in settings.items():
+        groups = [g for g in content["settings"].values() if isinstance(g, dict) and name in g]
+        (groups[0] if groups else content)[name] = value
+    path.write_text(json.dumps(content))
+
+
+def edit(folder, edited):
+    """config.json after `edited(its settings)`."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    edited(content["settings"])
+    path.write_text(json.dumps(content))
 
 
 DAMAGE = {
@@ -232,25 +339,50 @@ DAMAGE = {
     "truncated": (lambda f: cut(f / FILE), FILE),
     "garbage": (lambda f: (f / FILE).write_bytes(bytes(range(256)) * 40), FILE),
     "missing": (lambda f: (f / FILE).unlink(), FILE),
+    "a folder": (lambda f: ((f / FILE).unlink(), (f / FILE).mkdir()), FILE),
     "foreign": (lambda f: save_file({"w": torch.zeros(2)}, f / FILE), FILE),
+    "of another version": (
+        lambda f: files.save_tensors(f / FILE, {"model.w": torch.zeros(2)}, {"t2mir": "1"}),
+        FILE,
+    ),
     "of another model": (
-        lambda f: save_file({"model.w": torch.zeros(2)}, f / FILE, {"t2mir": "1"}),
+        lambda f: files.save_tensors(
+            f / FILE, {"model.w": torch.zeros(2)}, {"t2mir": checkpoint.FORMAT}
+        ),
         FILE,
     ),
     "config truncated": (lambda f: cut(f / "config.json"), "config.json"),
     "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "config deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
     "config foreign": (lambda f: (f / "config.json").write_text('{"format": "99"}'), "config.json"),
-    "config typed": (lambda f: change(f, width="wide"), "config.json"),
-    "config impossible": (lambda f: change(f, heads=3), "heads"),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config typed": (lambda f: change(f, width="wide"), "config.json: --width"),
+    "config number as text": (lambda f: change(f, width="16"), "config.json: --width"),
+    "config number as bool": (lambda f: change(f, layers=True), "config.json: --layers"),
+    "config bool as number": (lambda f: change(f, token_shift=1), "config.json: --token-shift"),
+    "config part of a number": (lambda f: change(f, heads=2.5), "config.json: --heads"),
+    "config null": (lambda f: change(f, dropout=None), "config.json: --dropout"),
+    "config not finite": (lambda f: change(f, lr=float("nan")), "config.json: --lr"),
+    "config infinite": (lambda f: change(f, weight_decay=float("inf")), "--weight-decay"),
+    "config negative": (lambda f: change(f, episodes=-1), "config.json: --episodes"),
+    "config huge": (lambda f: change(f, width=10**9), "config.json: --width"),
+    "config many": (lambda f: change(f, layers=10**6), "config.json: --layers"),
+    "config no choice": (lambda f: change(f, routing="mine"), "config.json: --routing"),
+    "config impossible": (lambda f: change(f, heads=3), "heads"),
+    "config seed": (lambda f: edit(f, lambda s: s.update(seed=-1)), "json: --seed"),
+    "config preset": (lambda f: edit(f, lambda s: s.update(preset="tpu")), "json: --preset"),
+    "config unknown": (lambda f: edit(f, lambda s: s["model"].update(wide=1)), "model settings"),
+    "config lacks one": (lambda f: edit(f, lambda s: s["model"].pop("width")), "model settings"),
+    "config lacks a group": (lambda f: edit(f, lambda s: s.pop("training")), "(training)"),
+    "config unknown group": (lambda f: edit(f, lambda s: s.update(more={})), "(more)"),
+    "config group typed": (lambda f: edit(f, lambda s: s.update(play=[1])), "play settings"),
+    "config data typed": (lambda f: edit(f, lambda s: s.update(data=[1])), "data settings"),
+    "config env": (lambda f: change(f, env="nope"), "config.json: unknown env"),
+    "config env typed": (lambda f: change(f, env=["darkroom"]), "names no env"),
+    "config backbone": (lambda f: edit(f, lambda s: s.update(backbone="gpt")), "json: unknown"),
+    "config backbone typed": (lambda f: edit(f, lambda s: s.update(backbone=3)), "backbone"),
 }
-
-
-def change(folder, **settings):
-    """Edit config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -258,53 +390,91 @@ def test_damaged_files_are_named_in_one_line(copy, how, monkeypatch, capsys):
     damage, named = DAMAGE[how]
     damage(copy)
     before = contents(copy.parent)
-    with pytest.raises(ValueError, match=named) as error:
-        checkpoint.load_model(copy, "cpu")
+    with pytest.raises(ValueError, match=re.escape(named)) as error:
+        checkpoint.load_method(copy, torch.device("cpu"))
     assert "\n" not in str(error.value)
     assert named in run("evaluate.py", [str(copy), "--episodes", "1"], monkeypatch, capsys).error
     assert contents(copy.parent) == before
 
 
+@pytest.mark.parametrize("setting", ["env", "backbone"])
+def test_config_json_never_chooses_code_to_run(fit, copy, tmp_path, setting, monkeypatch, capsys):
+    """A Python file that it names is run when the user names one, and else not."""
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    if setting == "env":
+        change(copy, env=str(trap))
+    else:
+        edit(copy, lambda settings: settings.update(backbone=str(trap)))
+    named = f"name it yourself (--{setting} {trap})"
+    assert named in run("evaluate.py", [str(copy)], monkeypatch, capsys).error
+    with pytest.raises(ValueError, match="name it yourself"):
+        checkpoint.load_method(copy, torch.device("cpu"))
+    with pytest.raises(SystemExit, match=rf"is of --{setting} \S*trap.py, not of d"):
+        fit(copy, resume=True)  # with another family or method than the file names
+    fit(tmp_path / "run", init=copy)  # takes the weights, and nothing of config.json
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_tasks_of_a_run_are_checked(copy):
-    for split in (
-        None,
-        {},
-        {"train": [[0, 0]], "test": []},
-        {"train": [[0, 0]], "test": [[10, 0]]},
-    ):
+    outside = {"train": [[0, 0]], "test": [[10, 0]]}
+    for split in (None, {}, {"train": [[0, 0]], "test": []}, {"train": 3, "test": 4}, outside):
         change(copy, task_split=split)
         with pytest.raises(ValueError, match=r"names no tasks|goal"):
-            checkpoint.read_tasks(copy)
+            checkpoint.read_tasks(copy, "darkroom")
 
 
 def test_references_of_a_run_are_those_of_its_split(copy):
     """Of datasets that know none, or of a file that was changed by hand: none."""
     known = {"random": [0.5], "teacher": [80.0]}
-    split = checkpoint.read_config(copy)["task_split"]
+    split = checkpoint.read_run(copy)["task_split"]
     assert checkpoint.read_reference(copy, "test") is None  # DarkRoom's optimum is known
     for reference in (None, [], [1], {"train": known}, {"test": {"random": [0.5]}}, {"test": 3}):
         change(copy, task_split=split | {"reference": reference})
         assert checkpoint.read_reference(copy, "test") is None
     change(copy, task_split=split | {"reference": {"test": known, "train": {}}})
-    assert (
-        checkpoint.read_reference(copy, "test") == known
-        and checkpoint.read_reference(copy, "train") is None
-    )
+    assert checkpoint.read_reference(copy, "test") == known
+    assert checkpoint.read_reference(copy, "train") is None
 
 
 def test_a_failed_write_leaves_the_checkpoint_before_it(fit, few, tmp_path, monkeypatch):
     """The disk is full at the end of the run: the checkpoint of step 2 is whole and continues."""
-    written = []
+    written, whole = [], files.write_atomically
 
-    def save(tensors, path, metadata=None):
-        save_file(tensors, path, metadata=metadata)
-        written.append(path)
-        if len(written) == 2:
-            cut(path)
-            raise OSError("no space left on device")
+    def until_full(path, write):
+        def part(temporary):
+            write(temporary)
+            written.append(path)
+            if len(written) == 2:
+                cut(temporary)
+                raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises((OSError, SystemExit)):
-        patch.setattr(checkpoint, "save_file", save)
+        whole(path, part)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: no space left"):
+        patch.setattr(files, "write_atomically", until_full)  # as save_tensors finds it
         fit(tmp_path / "run")
-    assert len(written) == 2 and checkpoint.load_model(tmp_path / "run", "cpu")[2]["step"] == "2"
+    assert written == [tmp_path / "run" / FILE] * 2
+    assert checkpoint.read(tmp_path / "run")[1]["step"] == "2"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        FILE,
+        "config.json",
+        "train.csv",
+    ]
     assert differing(fit(tmp_path / "run", resume=True), few) == []
+
+
+def test_a_kill_after_resume_loses_no_rows(fit, few, copy, monkeypatch):
+    """train.csv of a resumed run holds the rows of its checkpoint at any time."""
+    before = untimed(copy)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "train", killed)  # the run is open, its log too; no step is taken
+        fit(copy, resume=True, tensorboard=False)
+    assert untimed(copy) == before and differing(copy, few) == []

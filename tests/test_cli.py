@@ -1,30 +1,43 @@
-"""test_cli.py: the command line: README.md's commands on a tiny budget, presets (Tables 4 and 5), wrong input.
+"""The command line: README.md's commands on a tiny budget, presets (Tables 4, 5), wrong input.
 
-Run: python -m pytest -q tests/test_cli.py
+Run: pytest tests/test_cli.py
 """
 
 import csv
-import inspect
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields, replace
 from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import ROOT, SETTINGS, at_home, command, dataset, flags, run, trainer
+from commands import ROOT, at_home, changed, contents, flags, readme_files, run
+from tiny import SMALL, command, trainer
 
-import config
-import evaluate
-from collect import CollectConfig
-from config import Config, differences, parse, parse_collect
-from envs import FAMILIES, get_family
-from teachers.teachers import PAPER
+import presets
+from config import Collection, Config, Data
+from dpt import DPTPlay
+from envs import FAMILIES, get_family, split_tasks
+from evaluate import Evaluation
+from methods import get_method
+from support.command_line import (
+    CollectCommand,
+    differences,
+    parse_collection,
+    parse_config,
+    preset_config,
+)
+from support.settings import flat, groups_of
+from teachers.teachers import PAPER, algorithm
 
-BUDGET = ("layers", "heads", "width", "ff", "token_hidden", "task_hidden", "token_experts", "task_experts", "steps",
-          "batch", "prompt_length", "episodes", "eval_every", "checkpoint_every", "device", "threads")  # fmt: skip
+# fmt: off
+BUDGET = (
+    "layers", "heads", "width", "ff", "token_hidden", "task_hidden", "token_experts",
+    "task_experts", "steps", "batch", "episodes", "eval_every", "checkpoint_every", "device",
+    "threads",
+)
+# fmt: on
 
 
 @pytest.fixture
@@ -41,7 +54,7 @@ def trained(tiny_config, paper_folder, tmp_path_factory):
         return fit(tmp_path_factory.mktemp("trained") / "run", steps=1)
 
 
-# --------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------- README
 def readme_commands() -> list[list[str]]:
     """The `python SCRIPT ...` lines of README.md's bash blocks, each once."""
     found, inside = [], False
@@ -54,48 +67,34 @@ def readme_commands() -> list[list[str]]:
     return found
 
 
-def readme_files() -> dict[str, str]:
-    """The python blocks of README.md that begin with a file's name."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    named = {re.match(r'"""(\w+\.py):', block): block for block in blocks}
-    return {found[1]: block for found, block in named.items() if found}
-
-
 def budget(script, argv, tiny_config) -> list[str]:
     """Flags that make a command of README.md small: they stand behind its own and win."""
     env = argv[argv.index("--env") + 1] if "--env" in argv else "darkroom"
     if script == "evaluate.py":
         return ["--episodes", "1"]
     if script == "tools/bench.py":
-        return ["--only", "dispatch-sorted", "--threads", "1"]
+        return ["--only", "env-point-robot-batched", "--threads", "1"]
     if script not in ("train.py", "collect.py"):
         return []
-    data, spec = replace(tiny_config, folder="datasets"), get_family(env)
+    cfg, family = changed(tiny_config, datasets="datasets"), get_family(env)
     if env != "darkroom":
-        expert = {
-            "teacher_steps": 2 * spec.horizon,
-            "teacher_save_every": spec.horizon,
-            "teacher_batch": 8,
-        }
-        if spec.teacher == "sac":
-            expert |= {"teacher_warmup": spec.horizon, "teacher_hidden": 8}
-        data = replace(data, env=env, tasks=None, train_tasks=2, test_tasks=1, **expert)
+        small = {"teacher_steps": 2 * family.horizon, "teacher_save_every": family.horizon}
+        small |= {"teacher_batch": 8}
+        if family.teacher == "sac":
+            small |= {"teacher_warmup": family.horizon, "teacher_hidden": 8}
+        cfg = changed(cfg, env=env, tasks=None, train_tasks=2, test_tasks=1, **small)
+    data = {k: v for k, v in flat(cfg).items() if k not in ("env", "quality", "recipe")}
     if script == "collect.py":
-        names = {
-            k: v for k, v in vars(data).items() if k not in ("env", "quality", "recipe", "cluster")
-        }
-        return flags(names | {"episodes": 5, "queries": 5})
-    return flags({k: SETTINGS[k] for k in BUDGET} | dataset(data) | {"prompt_length": spec.horizon})
+        return flags(data | {"data_episodes": 5, "data_queries": 5})
+    small = {name: SMALL[name] for name in BUDGET}
+    return flags(data | small | {"prompt_length": family.horizon})
 
 
 def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
-    """In their order and in one folder, so that what is evaluated is what was trained; only budgets are smaller."""
+    """In their order, in one folder: what is evaluated is what was trained. Budgets are smaller."""
     commands = readme_commands()
-    assert {"train.py", "evaluate.py", "collect.py", "tools/bench.py"} <= {
-        words[0] for words in commands
-    }
+    scripts = [words[0] for words in commands]
+    assert {"train.py", "evaluate.py", "collect.py", "tools/bench.py"} <= set(scripts)
     for name, text in readme_files().items():
         (here / name).write_text(text)
     monkeypatch.syspath_prepend(str(here))
@@ -105,44 +104,66 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
         with at_home():
             ended = run(script, argv + budget(script, argv, tiny_config), monkeypatch, capsys)
         assert ended.code == 0, f"python {shlex.join([script, *argv])}\n{ended.err}"
-    ran = [words[0] for words in commands]
     with open(here / "runs" / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == ran.count("train.py") + ran.count("evaluate.py")
-    assert all(
-        row["command"].startswith("python ") and row["steps"] == str(SETTINGS["steps"])
-        for row in rows
-    )
-    assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == ran.count("train.py")
+    assert len(rows) == scripts.count("train.py") + scripts.count("evaluate.py")
+    for row in rows:
+        assert row["command"].startswith("python ") and row["steps"] == str(SMALL["steps"])
+    assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == scripts.count("train.py")
     assert list(here.glob("datasets/*/meta.json")) and list(here.glob("results/bench.json"))
+
+
+def test_pictures_and_pages_of_the_readme_are_there():
+    """Every file that a link or a table of README.md names."""
+    text = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    tabled = re.findall(r"`((?:\w+/)*\w+\.py)[:`]", text)
+    elsewhere = {"cart.py"}  # the user's own
+    places = [ROOT, ROOT / "tests", ROOT / "teachers", ROOT / "families"]
+    assert len(linked) > 5 and len(tabled) > 20
+    for name in {*linked, *tabled} - elsewhere:
+        assert any((place / name).exists() for place in places), name
+
+
+def declared(group) -> list[str]:
+    """Names of all settings under a dataclass; what a method brings along is given as an object."""
+    return list(flat(group))
 
 
 @pytest.mark.parametrize(
     ("script", "names"),
     [
-        ("train.py", [f.name for f in fields(Config)]),
-        ("collect.py", [f.name for f in fields(CollectConfig)]),
-        (
-            "evaluate.py",
-            [name for name in inspect.signature(evaluate.main).parameters if name != "folder"],
-        ),
+        ("train.py", declared(preset_config("paper", "darkroom", "dpt"))),
+        ("collect.py", declared(CollectCommand())),
+        ("evaluate.py", [n for n in declared(Evaluation("", play=DPTPlay())) if n != "folder"]),
     ],
 )
-def test_help_lists_every_flag(script, names, monkeypatch, capsys):
-    ended = run(script, ["--help"], monkeypatch, capsys)
+def test_help_lists_every_flag(script, names, trained, monkeypatch, capsys):
+    folder = [str(trained)] if script == "evaluate.py" else []
+    ended = run(script, [*folder, "--help"], monkeypatch, capsys)
     assert ended.code == 0 and len(names) > 8
     listed = set(re.findall(r"--[a-z0-9-]+", ended.out))
     assert {f"--{name.replace('_', '-')}" for name in names} <= listed
 
 
-# -------------------------------------------------------------------------------------------- presets
+def test_help_of_an_evaluation_needs_no_run(here, monkeypatch, capsys):
+    ended = run("evaluate.py", ["--help"], monkeypatch, capsys)
+    assert ended.code == 0 and {"--repeats", "--episodes"} <= set(ended.out.split())
+
+
+# ------------------------------------------------------------------------------------------ presets
+def collection(*argv) -> Collection:
+    """What collect.py makes of a command line."""
+    return parse_collection([*argv])[0]
+
+
 def test_auto_is_paper_with_cuda_and_cpu_without(monkeypatch):
     for cuda, want in ((True, "paper"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         for argv in ([], ["--preset", "auto"], ["--preset=auto", "--backbone", "ad"]):
-            cfg = parse(argv)
-            assert cfg.preset == want and cfg == parse([*argv, "--preset", want])
-    assert parse(["--preset", "paper"]) != parse(["--preset", "cpu"])
+            cfg = parse_config(argv)
+            assert cfg.preset == want and cfg == parse_config([*argv, "--preset", want])
+    assert parse_config(["--preset", "paper"]) != parse_config(["--preset", "cpu"])
 
 
 @pytest.mark.parametrize(
@@ -150,105 +171,117 @@ def test_auto_is_paper_with_cuda_and_cpu_without(monkeypatch):
     [("ad", 400, 12, 0.01), ("dpt", 100, 8, 0.001)],
 )
 def test_the_paper_preset_is_tables_4_and_5(backbone, prompt_length, task_experts, w_contrastive):
-    cfg = parse(["--preset", "paper", "--backbone", backbone])
-    assert (cfg.prompt_length, cfg.task_experts, cfg.w_contrastive) == (
-        prompt_length,
-        task_experts,
-        w_contrastive,
-    )
-    assert (cfg.steps, cfg.lr, cfg.token_experts, cfg.moe_position, cfg.momentum) == (
-        300_000,
-        3e-4,
-        6,
-        "top",
-        0.995,
-    )
-    assert (cfg.moe, cfg.routing, cfg.query_position, cfg.quality) == (
-        "both",
-        "sequence",
-        "first",
-        "mixed",
-    )
+    cfg = parse_config(["--preset", "paper", "--backbone", backbone])
+    training, model = cfg.training, cfg.model
+    assert training.prompt_length == prompt_length
+    assert (model.task_experts, model.w_contrastive) == (task_experts, w_contrastive)
+    assert (training.steps, training.lr) == (300_000, 3e-4)
+    assert (model.token_experts, model.moe_position, model.momentum) == (6, "top", 0.995)
+    assert (model.moe, model.routing, cfg.data.quality) == ("both", "sequence", "mixed")
+    if backbone == "dpt":
+        assert cfg.method.query_position == "first"
 
 
 @pytest.mark.parametrize("backbone", ["ad", "dpt"])
 def test_flags_override_presets_and_are_listed_as_departures(backbone):
     base = ["--backbone", backbone, "--preset", "paper"]
-    assert differences(parse(base)) == []
-    assert differences(parse([*base, "--threads", "3", "--run", "x", "--seed", "4"])) == []
-    assert differences(parse([*base, "--lr", "0.01", "--task-experts", "4"])) == [
+    assert differences(parse_config(base)) == []
+    free = ["--threads", "3", "--run", "x", "--seed", "4", "--workers", "2", "--datasets", "y"]
+    assert differences(parse_config([*base, *free])) == []
+    assert differences(parse_config([*base, "--lr", "0.01", "--task-experts", "4"])) == [
         f"task_experts: {8 if backbone == 'dpt' else 12} -> 4",
         "lr: 0.0003 -> 0.01",
     ]
-    cpu = parse(["--backbone", backbone, "--preset", "cpu", "--lr", "0.01"])
-    assert cpu.lr == 0.01 and "lr: 0.0003 -> 0.01" in differences(cpu)
+    cpu = parse_config(["--backbone", backbone, "--preset", "cpu", "--lr", "0.01"])
+    assert cpu.training.lr == 0.01 and "lr: 0.0003 -> 0.01" in differences(cpu)
     assert any(line.startswith("steps: 300000 -> ") for line in differences(cpu))
+
+
+def test_readme_counts_the_departures_of_the_cpu_preset():
+    """Of DarkRoom with both methods, and the most of any family."""
+    cpu = {
+        (env, backbone): len(differences(preset_config("cpu", env, backbone)))
+        for env in FAMILIES
+        for backbone in ("ad", "dpt")
+    }
+    said = re.search(
+        r"in (\d+) settings\s+with AD and (\d+) with DPT on DarkRoom, up to (\d+) elsewhere",
+        (ROOT / "README.md").read_text(),
+    )
+    want = cpu["darkroom", "ad"], cpu["darkroom", "dpt"], max(cpu.values())
+    assert tuple(map(int, said.groups())) == want
 
 
 @pytest.mark.parametrize("env", FAMILIES)
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
 def test_presets_of_every_family(env, preset):
-    """Both backbones' are possible, and collect.py has the same data but for what is a backbone's own."""
-    data = parse_collect(["--env", env, "--preset", preset])
-    assert data.env == env and (data.quality, data.recipe, data.folder) == (
-        "mixed",
-        "paper",
-        "datasets",
-    )
+    """Both methods' are possible; collect.py has the same data but for what is a method's own."""
+    alone = collection("--env", env, "--preset", preset)
+    data, family = alone.data, get_family(env)
+    assert data.env == env
+    assert (data.quality, data.recipe, data.datasets) == ("mixed", "paper", "datasets")
     if preset == "paper":
-        train, test = data.split()
-        assert (len(train), len(test)) == (get_family(env).train_tasks, get_family(env).test_tasks)
-        experts = data.experts()
-        assert (experts is None) == (env == "darkroom") and (
-            experts is None or experts.algorithm() == PAPER[env]
-        )
+        split = split_tasks(env, data.task_seed, data.tasks, data.train_tasks, data.test_tasks)
+        assert tuple(map(len, split)) == (family.train_tasks, family.test_tasks)
+        assert (family.teacher == "rule") == (env == "darkroom")
+        if env != "darkroom":
+            assert algorithm(env, alone.teachers) == PAPER[env]
     own = {"recipe"} if preset == "cpu" else set()
     for backbone in ("ad", "dpt"):
-        cfg = parse(["--env", env, "--preset", preset, "--backbone", backbone])
-        trained = vars(cfg.collect())
-        differ = {name for name, value in vars(data).items() if trained[name] != value}
-        assert differ <= (own | {"episodes"} if env == "darkroom" else own)
-        assert cfg.data_episodes >= cfg.prompt_length // get_family(env).horizon
+        cfg = parse_config(["--env", env, "--preset", preset, "--backbone", backbone])
+        trained = flat(cfg.collection)
+        differ = {name for name, value in flat(alone).items() if trained[name] != value}
+        assert differ <= (own | {"data_episodes"} if env == "darkroom" else own)
+        assert cfg.data.data_episodes >= cfg.training.prompt_length // family.horizon
         assert preset == "cpu" or differences(cfg) == []
+
+
+@pytest.mark.parametrize("backbone", ["ad", "dpt"])
+def test_presets_name_settings_that_there_are(backbone):
+    """A mistyped name would be left out in silence."""
+    method = get_method(backbone)
+    groups = {name: group() for name, group in groups_of(method).items()}
+    names = set(flat(Config(backbone=backbone, **groups)))
+    for env in FAMILIES:
+        for preset in ("paper", "cpu"):
+            assert set(presets.values(preset, env, backbone, 100)) <= names
+    assert set(presets.PAPER_DATA) | set(presets.CPU_DATA) <= set(FAMILIES)
+    assert {env for env, _ in (*presets.PAPER, *presets.CPU)} == set(FAMILIES)
 
 
 def test_data_of_the_presets():
     """App. D.2's numbers, or what two cores can do; flags win, and `auto` depends on CUDA."""
-    paper, cpu = (
-        parse_collect(["--env", "point-robot", "--preset", preset]) for preset in ("paper", "cpu")
-    )
-    assert (paper.episodes, paper.teacher_steps, paper.train_tasks) == (100, 0, 0)
-    assert {
-        k: v for k, v in vars(cpu).items() if vars(CollectConfig(env="point-robot"))[k] != v
-    } == {
-        {"data_episodes": "episodes", "data_queries": "queries"}.get(k, k): v
-        for k, v in config.CPU_DATA["point-robot"].items()
-    }
-    assert cpu.teacher_steps > 0 and cpu.experts().algorithm().steps == cpu.teacher_steps
-    given = parse_collect(
-        ["--env", "point-robot", "--preset", "cpu", "--teacher-steps", "400", "--quality", "medium"]
-    )
-    assert given == replace(cpu, teacher_steps=400, quality="medium")
-    assert parse_collect(["--preset", "paper"]) == CollectConfig()
+    paper, cpu = (collection("--env", "point-robot", "--preset", name) for name in ("paper", "cpu"))
+    numbers = (paper.data.data_episodes, paper.teachers.teacher_steps, paper.data.train_tasks)
+    assert numbers == (100, 0, 0)
+    default = flat(Collection(Data(env="point-robot")))
+    departs = {k: v for k, v in flat(cpu).items() if default[k] != v}
+    assert departs == presets.CPU_DATA["point-robot"]
+    steps = cpu.teachers.teacher_steps
+    assert steps > 0 and algorithm("point-robot", cpu.teachers).steps == steps
+    more = ("--teacher-steps", "400", "--quality", "medium")
+    given = collection("--env", "point-robot", "--preset", "cpu", *more)
+    assert given == changed(cpu, teacher_steps=400, quality="medium")
+    assert collection("--preset", "paper") == Collection()
 
 
 def test_auto_collects_by_the_machine(monkeypatch):
     for cuda, want in ((True, "paper"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         for argv in (["--env", "reach"], ["--env=reach", "--preset", "auto"]):
-            assert parse_collect(argv) == parse_collect(["--env", "reach", "--preset", want])
-    assert parse_collect(["--env", "reach"]) != parse_collect(
-        ["--env", "reach", "--preset", "paper"]
-    )
+            assert collection(*argv) == collection("--env", "reach", "--preset", want)
+    assert collection("--env", "reach") != collection("--env", "reach", "--preset", "paper")
 
 
-# ---------------------------------------------------------------------------------------- wrong input
+# -------------------------------------------------------------------------------------- wrong input
 WRONG = {
     "--env nope": "nope",
     "--backbone gpt": "gpt",
+    "--backbone nowhere.py": "there is no such file",
     "--preset tpu": "tpu",
     "--device cuda": "cuda",
     "--device toaster": "toaster",
+    "--device meta": "--device meta",
     "--tasks missing.json": "missing.json",
     "--top-k 9 --token-experts 6 --token-hidden 24": "--top-k 9",
     "--top-k 0": "--top-k 0",
@@ -256,25 +289,53 @@ WRONG = {
     "--prompt-length 0": "--prompt-length 0",
     "--prompt-length 400 --data-episodes 3": "--data-episodes 3",
     "--width 18 --heads 4": "--width 18",
+    "--width 1000000000": "--width 1000000000",
+    "--layers 1000000": "--layers 1000000",
+    "--heads 0": "--heads",
     "--token-hidden 25": "--token-hidden 25",
     "--dropout 1.5": "--dropout 1.5",
     "--batch 3": "--batch 3",
     "--batch 0": "--batch",
     "--steps 0": "--steps",
     "--lr 0": "--lr",
+    "--lr inf": "--lr inf",
+    "--lr nan": "--lr nan",
+    "--clip nan": "--clip nan",
+    "--weight-decay=-1": "--weight-decay -1",
+    "--beta2 1": "--beta2 1",
+    "--seed=-1": "--seed -1",
+    "--data-seed=-1": "--data-seed -1",
+    "--play-seed=-1": "--play-seed -1",
+    "--seed 9223372036854775808": "--seed 9223372036854775808",
+    "--eval-every=-5": "--eval-every -5",
+    "--eval-episodes 0": "--eval-episodes 0",
+    "--checkpoint-every 0": "--checkpoint-every 0",
+    "--log-every 0": "--log-every 0",
     "--momentum 2": "--momentum",
     "--warmup=-1": "--warmup",
-    "--w-contrastive=-0.1": "negative",
-    "--w-load=-1": "negative",
+    "--w-contrastive=-0.1": "--w-contrastive",
+    "--w-load=-1": "--w-load",
+    "--noise nan": "--noise nan",
+    "--noise 0.1": "--noise is for continuous",
     "--query-position first --queries 8 --short 0 --empty 0": "--queries",
     "--short 0.8 --empty 0.3": "--short",
     "--episodes 0": "--episodes",
-    "--data-queries 0": "--queries",
-    "--teacher-steps 100": "darkroom's expert is a rule",
+    "--data-queries 0": "--data-queries",
+    "--teacher-steps 100": "darkroom's teacher is a rule",
     "--data nowhere": "no dataset in nowhere",
     "--env point-robot --teacher-save-every 30": "--teacher-save-every 30",
     "--env cheetah-vel": "--prompt-length 100",
     "--workers=-1": "--workers",
+    "--threads=-1": "--threads -1",
+    "--run=": "--run",
+    "--data=": "--data",
+    "--init=": "--init",
+    "--cluster=": "--cluster",
+    "--datasets=": "--datasets",
+    "--tasks=": "--tasks",
+    "--device=": "--device",
+    "--env=": "unknown environment ''",
+    "--backbone=": "unknown backbone ''",
 }
 
 
@@ -286,58 +347,76 @@ def refused(script, argv, named, here, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_train_refuses_what_cannot_be(tiny_config, here, wrong, monkeypatch, capsys):
-    argv = command(tiny_config, "run", datasets="datasets", **{"data_episodes": 10}) + wrong.split()
+    argv = command(tiny_config, "run", datasets="datasets", data_episodes=10) + wrong.split()
     refused("train.py", argv, WRONG[wrong], here, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("words", ["--lr fast", "--steps 1.5", "--seed one", "--routing mine"])
+def test_words_that_are_no_number_or_no_choice(tiny_config, here, words, monkeypatch, capsys):
+    """tyro names the flag, shows what it takes, and ends with 2."""
+    argv = command(tiny_config, "run", datasets="datasets") + words.split()
+    ended = run("train.py", argv, monkeypatch, capsys)
+    assert ended.code == 2 and words.split()[0] in ended.err and "Traceback" not in ended.err
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
+        ([], "name the run first"),
+        (["--episodes", "3"], "name the run first"),
+        ([""], "name the run first"),
         (["nowhere"], "nowhere"),
         (["DATASET"], "not a t2mir run"),
         (["RUN", "--episodes", "0"], "--episodes"),
         (["RUN", "--repeats", "0"], "--repeats"),
+        (["RUN", "--play-seed=-1"], "--play-seed -1"),
+        (["RUN", "--results="], "--results"),
+        (["RUN", "--env", "point-robot"], "of --env darkroom, not of point-robot"),
+        (["RUN", "--backbone", "ad"], "of --backbone dpt, not of ad"),
+        (["RUN", "--noise", "0.1"], "--noise is for continuous"),
         (["RUN", "--device", "cuda", "--results", "results"], "cuda"),
         (["RUN", "--device", "toaster", "--results", "results"], "toaster"),
+        (["RUN", "--device", "meta", "--results", "results"], "--device meta"),
     ],
 )
 def test_evaluate_refuses_what_cannot_be(
     trained, paper_folder, here, argv, named, monkeypatch, capsys
 ):
     places = {"RUN": str(trained), "DATASET": str(paper_folder)}
-    before = sorted(trained.iterdir())
-    refused(
-        "evaluate.py", [places.get(word, word) for word in argv], named, here, monkeypatch, capsys
-    )
-    assert sorted(trained.iterdir()) == before
+    before = contents(trained)
+    argv = [places.get(word, word) for word in argv]
+    refused("evaluate.py", argv, named, here, monkeypatch, capsys)
+    assert contents(trained) == before
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "named"),
+    ("script", "line", "named"),
     [
-        ("collect.py", ["--env", "nope"], "nope"),
-        ("collect.py", ["--episodes", "0"], "--episodes"),
-        ("collect.py", ["--tasks", "missing.json"], "missing.json"),
-        ("collect.py", ["--preset", "tpu"], "tpu"),
-        ("collect.py", ["--teacher-steps", "100"], "darkroom's expert is a rule"),
-        (
-            "collect.py",
-            ["--env", "point-robot", "--teacher-save-every", "30"],
-            "--teacher-save-every 30",
-        ),
-        ("collect.py", ["--env", "reach", "--teacher-hidden", "64"], "--teacher-hidden"),
-        ("collect.py", ["--env", "push", "--teacher-device", "cuda"], "cuda"),
-        ("collect.py", ["--env", "missing.py"], "missing.py"),
-        ("tools/bench.py", ["--only", "nope"], "nope"),
+        ("collect.py", "--env nope", "nope"),
+        ("collect.py", "--data-episodes 0", "--data-episodes"),
+        ("collect.py", "--tasks missing.json", "missing.json"),
+        ("collect.py", "--preset tpu", "tpu"),
+        ("collect.py", "--teacher-steps 100", "darkroom's teacher is a rule"),
+        ("collect.py", "--env point-robot --teacher-save-every 30", "--teacher-save-every 30"),
+        ("collect.py", "--env point-robot --teacher-lr inf", "--teacher-lr inf"),
+        ("collect.py", "--env reach --teacher-hidden 64", "--teacher-hidden"),
+        ("collect.py", "--env push --teacher-device cuda", "cuda"),
+        ("collect.py", "--env missing.py", "missing.py"),
+        ("collect.py", "--task-seed=-1", "--task-seed -1"),
+        ("collect.py", "--datasets=", "--datasets"),
+        ("collect.py", "--cluster=", "--cluster"),
+        ("collect.py", "--export-minari=", "--export-minari"),
+        ("tools/bench.py", "--only nope", "nope"),
     ],
 )
-def test_collect_and_bench_refuse_what_cannot_be(here, script, argv, named, monkeypatch, capsys):
-    refused(script, argv, named, here, monkeypatch, capsys)
+def test_collect_and_bench_refuse_what_cannot_be(here, script, line, named, monkeypatch, capsys):
+    refused(script, line.split(), named, here, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py", "tools/bench.py"])
-def test_unknown_flags_are_named(script, here, monkeypatch, capsys):
-    folder = ["runs/one"] if script == "evaluate.py" else []
+def test_unknown_flags_are_named(script, trained, here, monkeypatch, capsys):
+    folder = [str(trained)] if script == "evaluate.py" else []
     ended = run(script, [*folder, "--learning-speed", "3"], monkeypatch, capsys)
     assert ended.code == 2 and "--learning-speed" in ended.err and "Traceback" not in ended.err
     assert list(here.iterdir()) == []
@@ -348,6 +427,5 @@ def test_an_error_as_a_shell_sees_it(tmp_path):
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1 and ended.stdout == "" and list(tmp_path.iterdir()) == []
     known = ", ".join(sorted(FAMILIES))
-    assert (
-        ended.stderr == f"error: unknown environment 'nope': choose one of {known}, or a .py file\n"
-    )
+    message = f"unknown environment 'nope': choose one of {known}, or a .py file"
+    assert ended.stderr == f"error: {message}\n"

@@ -1,45 +1,56 @@
-"""test_evaluate.py: Algorithms 2 and 4 as they are played and reported, and what diagnostics.py measures (Sec. 5.4).
+"""Algorithms 2 and 4 as they are played and reported.
 
-Returns by hand on DarkRoom with scripted policies; the files that an evaluation leaves; what a model is shown; the same
-on Point-Robot and Reach, whose states and actions are continuous.
-Run: python -m pytest -q tests/test_evaluate.py
+Returns by hand on DarkRoom with scripted policies; the files that an evaluation leaves; the same on
+Point-Robot and Reach, whose states and actions are continuous; what is loaded for it.
+Run: pytest tests/test_evaluate.py
 """
 
 import csv
 import json
 import math
-from types import SimpleNamespace
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, flags
 from matplotlib.image import imread
 from scipy.stats import norm
-from tiny import command, rows, tensors, trainer
+from tiny import rows, tensors, trainer
 
-import evaluate
-from collect import CollectConfig, dataset_folder, settings_of
-from config import parse
-from data import FORMAT, ADBatch, DPTBatch, Prompt, file_hash, load_dataset, part_name
-from diagnostics import least_share, modality_counts, mutual_information, probe
-from envs import random_returns
-from evaluate import Settings, evaluate_run, interval, play, print_table
-from families.rooms import point_robot_optimum
-from models import T2MIR
-from policies import RandomPolicy, check_noise, concatenate, make_policy, sort_and_drop
+from collect import dataset_folder, describe_dataset
+from config import Collection, Data
+from data import file_hash, load_dataset, part_name
+from dpt import DPT
+from envs import optimal_returns, random_returns
+from evaluate import Evaluation, Returns, evaluate_run, play, print_table
+from figures import interval
 from support import checkpoint
+from support.command_line import parse_evaluation
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
-    "env,backbone,moe,routing,quality,preset,seed,steps,train_seconds,episodes,first_return,last_return,best_return,"
-    "random_return,optimum,teacher_return,success,paper_return,command"
+    "env,backbone,moe,routing,quality,preset,seed,steps,train_seconds,episodes,first_return,"
+    "last_return,best_return,random_return,optimum,teacher_return,success,paper_return,command"
 )
-KINDS = {"ad": ("ad", {}), "first": ("dpt", {"query_position": "first", "queries": 1, "short": 0, "empty": 0}),
-         "last": ("dpt", {})}  # fmt: skip
+FIRST = {"query_position": "first", "queries": 1, "short": 0, "empty": 0}
+KINDS = {"ad": ("ad", {}), "first": ("dpt", FIRST), "last": ("dpt", {})}
+CPU = torch.device("cpu")
 
 
-def settings(actions="sample", prompt="last", history=2, first="policy", noise=0.0):
-    return Settings(actions, prompt, history, first, noise)
+def evaluate(folder, **settings) -> dict:
+    """evaluate.py of a run, with some of its flags."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    return evaluate_run(parse_evaluation(Evaluation, [str(folder), *flags(settings)]))
+
+
+def policy_of(folder, **settings):
+    """The run's policy, with some of its settings of play; and the run's method."""
+    method, _ = checkpoint.load_method(folder, CPU)
+    return method.policy(replace(method.cfg.play, **settings)), method
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +58,7 @@ def trained(tiny_config, paper_folder, tmp_path_factory):
     """{name: folder} of a tiny run of each layout; evaluations write elsewhere."""
     folder = tmp_path_factory.mktemp("trained")
     with trainer(tiny_config) as fit:
-        return {
-            name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()
-        }
-
-
-@pytest.fixture
-def build(tiny_config):
-    """build(layout): an untrained tiny model."""
-
-    def make(name, **changes):
-        backbone, more = KINDS[name]
-        torch.manual_seed(0)
-        return T2MIR(parse(command(tiny_config, None, backbone, **more | changes)).model()).eval()
-
-    return make
+        return {name: fit(folder / name, kind, **more) for name, (kind, more) in KINDS.items()}
 
 
 def table(path):
@@ -74,16 +71,20 @@ def returns_of(results):
     (path,) = set(results.glob("*.csv")) - {results / "summary.csv"}
     found = table(path)
     episodes = max(int(row["episode"]) for row in found)
-    assert [int(row["episode"]) for row in found] == [*range(1, episodes + 1)] * (
-        len(found) // episodes
-    )
+    numbers = [int(row["episode"]) for row in found]
+    assert numbers == [*range(1, episodes + 1)] * (len(found) // episodes)
     values = np.array([float(row["return"]) for row in found]).reshape(-1, episodes)
     return values, [row["task"] for row in found[::episodes]]
 
 
-# -------------------------------------------------------------------------------------------- playing
+# ------------------------------------------------------------------------------------------ playing
 class Script:
-    """The same moves for all tasks, another list in each episode, then stays; remembers what it is told."""
+    """The same moves for all tasks, another list in each episode, then stays.
+
+    It remembers what it is told.
+    """
+
+    memory = "last"
 
     def __init__(self, *scripts):
         self.scripts, self.episode, self.told, self.seen, self.rows = scripts, -1, [], [], []
@@ -142,86 +143,32 @@ def test_policies_are_told_all_finished_episodes_in_order():
     assert script.told[-1][1].states[0, :4].tolist() == [[0, 0], [0, 1], [0, 2], [0, 2]]
 
 
-def test_the_random_policy_earns_its_expected_return():
-    tasks, many = [[0, 0], [1, 1], [3, 2]], 2000
-    got = play("darkroom", tasks * many, RandomPolicy(5, seed=1), 1).reshape(many, 3)
-    error = got.std(0) / many**0.5
-    assert (np.abs(got.mean(0) - random_returns("darkroom", tasks)) < 4 * error).all() and (
-        error < 0.5
-    ).all()
+def test_random_actions_earn_their_expected_return():
+    class Random(Script):
+        rng = torch.Generator().manual_seed(1)
 
+        def act(self, states):
+            return torch.randint(5, (len(states),), generator=self.rng)
 
-def watch(monkeypatch, lengths):
-    """Collect into `lengths` how many tokens a model reads for each prediction, a DPT's query left out."""
-    feed, forward = T2MIR.feed, T2MIR.forward
-
-    def fed(self, tokens, cache, keep=True):
-        if self.cfg.backbone == "ad":
-            lengths.append(cache.length + tokens.shape[1])
-        elif not keep:  # the query
-            lengths.append(cache.length)
-        return feed(self, tokens, cache, keep)
-
-    def forwarded(self, batch):
-        lengths.append(3 * batch.prompt.steps)
-        return forward(self, batch)
-
-    monkeypatch.setattr(T2MIR, "feed", fed)
-    monkeypatch.setattr(T2MIR, "forward", forwarded)
-
-
-@pytest.mark.parametrize("name", ["first", "last"])
-@pytest.mark.parametrize(
-    ("memory", "want"), [("last", [0, 300, 300, 300]), ("all", [0, 300, 600, 900])]
-)
-def test_dpt_is_given_the_last_episode_or_all(build, monkeypatch, name, memory, want):
-    """Algorithm 4: the prompt of each episode, which does not grow while it is played."""
-    lengths, policy = [], make_policy(build(name), settings(prompt=memory))
-    watch(monkeypatch, lengths)
-    seen, begin = [], policy.begin
-
-    def began(history, rows):
-        seen.append(set(lengths))
-        lengths.clear()
-        begin(history, rows)
-
-    monkeypatch.setattr(policy, "begin", began)
-    play("darkroom", [[2, 2], [8, 6]], policy, 4)
-    assert [*seen[1:], set(lengths)] == [{length} for length in want]
-
-
-@pytest.mark.parametrize("routing", ["prefix", "sequence"])
-def test_ad_keeps_the_best_episodes_of_its_history(build, monkeypatch, routing):
-    """Algorithm 2 with K = 2: nothing, one and two episodes before the running one, and never a third."""
-    lengths, policy = [], make_policy(build("ad", routing=routing), settings())
-    watch(monkeypatch, lengths)
-    returns = play("darkroom", [[0, 1], [1, 0], [1, 1]], policy, 5)
-    assert max(lengths) == 3 * 100 * 3 - 2  # two episodes, and 99 steps with the last state
-    ends = [length for length in lengths if length % 300 == 298]
-    assert ends == [298, 598, 898, 898, 898]
-    policy.begin([], 3)
-    past = [SimpleNamespace(states=torch.zeros(3, 100, 2).long(), actions=torch.zeros(3, 100).long(),
-                            rewards=torch.full((3, 100), r)) for r in (0.5, 0.2, 0.1, 0.3)]  # fmt: skip
-    kept = []
-    for i in range(4):
-        policy.begin(past[: i + 1], 3)
-        kept.append([round(p.rewards[0, 0].item(), 1) for p in policy.kept])
-    assert kept == [[0.5], [0.2, 0.5], [0.2, 0.5], [0.3, 0.5]] and returns.shape == (3, 5)
+    tasks, count = [[0, 0], [1, 1], [3, 2]], 2000
+    got = play("darkroom", tasks * count, Random([]), 1).reshape(count, 3)
+    error = got.std(0) / count**0.5
+    assert (np.abs(got.mean(0) - random_returns("darkroom", tasks)) < 4 * error).all()
+    assert (error < 0.5).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_seed_repeats_an_evaluation_and_greedy_needs_none(trained, name):
     def played(actions, seed):
-        model, cfg, _, states = checkpoint.load_model(trained[name], "cpu")
-        policy = make_policy(model, settings(actions), seed, *states)
-        return play(cfg.env, [[1, 0], [0, 1], [0, 0], [1, 1], [2, 0]], policy, 2)
+        policy, _ = policy_of(trained[name], actions=actions, play_seed=seed)
+        return play("darkroom", [[1, 0], [0, 1], [0, 0], [1, 1], [2, 0]], policy, 2)
 
     assert (played("sample", 3) == played("sample", 3)).all()
     assert (played("sample", 3) != played("sample", 4)).any()
     assert (played("greedy", 3) == played("greedy", 4)).all()
 
 
-# ------------------------------------------------------------------------------------------ reporting
+# ---------------------------------------------------------------------------------------- reporting
 def test_interval():
     values = np.random.default_rng(0).normal(size=(200, 3)) * [1, 5, 0] + [0, 10, 7]
     low, high = interval(values)
@@ -236,10 +183,11 @@ def test_interval():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
-    row = evaluate_run(trained[name], episodes=3, history=2, seed=5, results=str(tmp_path))
-    model, cfg, about, states = checkpoint.load_model(trained[name], "cpu")
-    tasks = checkpoint.read_tasks(trained[name])["test"]
-    want = play(cfg.env, tasks, make_policy(model, settings(), 5, *states), 3)
+    own = {"history": 2} if name == "ad" else {"prompt": "last"}
+    row = evaluate(trained[name], episodes=3, play_seed=5, results=tmp_path, **own)
+    header = checkpoint.read(trained[name])[1]
+    tasks = checkpoint.read_tasks(trained[name], "darkroom")["test"]
+    want = play("darkroom", tasks, policy_of(trained[name], play_seed=5)[0], 3)
     values, named = returns_of(tmp_path)
     assert (values == want).all() and named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 4
     (picture,) = tmp_path.glob("*.png")
@@ -250,70 +198,60 @@ def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     assert line == {k: str(v) for k, v in row.items()}
     curve = want.mean(0)
     assert float(line["first_return"]) == pytest.approx(curve[0], abs=0.005)
-    assert float(line["last_return"]) == pytest.approx(
-        curve.mean(), abs=0.005
-    )  # of up to five episodes
+    last = curve.mean()  # of up to five episodes
+    assert float(line["last_return"]) == pytest.approx(last, abs=0.005)
     assert float(line["best_return"]) == pytest.approx(curve.max(), abs=0.005)
     assert line["optimum"] == f"{np.mean([101 - 4, 101 - 14, 101 - 4, 101 - 9]):.2f}"
-    assert float(line["random_return"]) == pytest.approx(
-        random_returns("darkroom", tasks).mean(), abs=0.005
-    )
-    assert (line["backbone"], line["moe"], line["steps"], line["episodes"]) == (
-        cfg.backbone,
-        "both",
-        "3",
-        "3",
-    )
-    assert (
-        line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[cfg.backbone]
-        and float(about["seconds"]) > 0
-    )
+    floor = random_returns("darkroom", tasks).mean()
+    assert float(line["random_return"]) == pytest.approx(floor, abs=0.005)
+    backbone = KINDS[name][0]
+    facts = [line[column] for column in ("backbone", "moe", "routing", "steps", "episodes")]
+    assert facts == [backbone, "both", "prefix", "3", "3"] and float(header["seconds"]) > 0
+    assert line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[backbone]
     printed = capsys.readouterr().out
-    assert (
-        str(picture) in printed
-        and line["last_return"] in printed
-        and line["paper_return"] in printed
-    )
+    for text in (str(picture), line["last_return"], line["paper_return"]):
+        assert text in printed
 
 
 def test_one_row_of_summary_for_each_evaluation(trained, tmp_path):
     for seed in (0, 1):
-        evaluate_run(trained["last"], episodes=1, seed=seed, results=str(tmp_path))
+        evaluate(trained["last"], episodes=1, play_seed=seed, results=tmp_path)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(lines) == 3 and lines.count(SUMMARY) == 1
     (tmp_path / "summary.csv").write_text("name,score\nmine,1\n")
     with pytest.raises(ValueError, match="other columns"):
-        evaluate_run(trained["last"], episodes=1, results=str(tmp_path))
+        evaluate(trained["last"], episodes=1, results=tmp_path)
     assert (tmp_path / "summary.csv").read_text() == "name,score\nmine,1\n"
 
 
 def test_split_repeats_and_places(trained, tmp_path):
-    evaluate_run(trained["ad"], episodes=1, split="train", results=str(tmp_path / "train"))
-    tasks = [f"{x} {y}" for x, y in checkpoint.read_tasks(trained["ad"])["train"]]
-    assert returns_of(tmp_path / "train")[1] == tasks and len(tasks) == 8
-    evaluate_run(trained["last"], episodes=1, repeats=3, results=str(tmp_path / "thrice"))
+    evaluate(trained["ad"], episodes=1, split="train", results=tmp_path / "train")
+    tasks = checkpoint.read_tasks(trained["ad"], "darkroom")["train"]
+    assert returns_of(tmp_path / "train")[1] == [f"{x} {y}" for x, y in tasks] and len(tasks) == 8
+    evaluate(trained["last"], episodes=1, repeats=3, results=tmp_path / "thrice")
     assert len(returns_of(tmp_path / "thrice")[0]) == 12
     before = set(trained["last"].iterdir())
-    evaluate_run(
-        trained["last"], episodes=1
-    )  # by default beside the checkpoint, the summary beside the run
+    evaluate(trained["last"], episodes=1)  # beside the checkpoint, the summary beside the run
     assert {p.suffix for p in set(trained["last"].iterdir()) - before} == {".csv", ".png"}
     assert (trained["last"].parent / "summary.csv").exists()
 
 
+def test_what_is_not_given_is_as_in_training(trained, tmp_path):
+    """File names say how it was played."""
+    evaluate(trained["ad"], results=tmp_path / "a")
+    evaluate(trained["ad"], results=tmp_path / "b", actions="greedy", history=1, first="random")
+    names = [next((tmp_path / folder).glob("*.png")).stem for folder in "ab"]
+    assert names == ["ad-test-sample-history2", "ad-test-greedy-history1-random-first"]
+    assert [len(returns_of(tmp_path / folder)[0][0]) for folder in "ab"] == [1, 1]
+
+
 # ------------------------------------------------------------------------------ continuous families
-MEAN, STD = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 2.0])
-GOALS = [[0.5, -0.5], [-1.0, 0.2], [0.05, 0.9]]
-
-
 @pytest.fixture(scope="module")
 def robots(point_config, point_folder, tmp_path_factory):
     """{name: folder} of a tiny run of each layout on Point-Robot."""
     folder = tmp_path_factory.mktemp("robots")
     with trainer(point_config) as fit:
-        return {
-            name: fit(folder / name, backbone, **more) for name, (backbone, more) in KINDS.items()
-        }
+        return {name: fit(folder / name, kind, **more) for name, (kind, more) in KINDS.items()}
 
 
 class Constant(Script):
@@ -339,157 +277,35 @@ def test_returns_of_point_robot_by_hand():
         assert got[:, e] == pytest.approx(torch.stack(want).numpy(), rel=1e-5)
     starts = torch.cat([episode[0][0] for episode in script.seen[:2]])
     assert len(starts.unique(dim=0)) == 4 and starts.abs().max() <= 0.1
-    assert (
-        play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=3)[0] == got[0]
-    ).all()
-    assert (
-        play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed=4)[0] != got[0]
-    ).all()
-
-
-def played(model, settings, episodes=4):
-    """What a policy that normalises by MEAN and STD played on Point-Robot: a Prompt for each episode."""
-    policy, seen = make_policy(model, settings, 0, MEAN, STD), []
-    begin = policy.begin
-    policy.begin = lambda history, rows: (seen.append(history), begin(history, rows))[1]
-    play("point-robot", GOALS, policy, episodes)
-    return seen[0]  # the list that grows
-
-
-def model_of(point_config, name, **changes):
-    """A tiny model with random weights, also where they start at zero."""
-    backbone, more = KINDS[name]
-    torch.manual_seed(0)
-    model = T2MIR(parse(command(point_config, None, backbone, **more | changes)).model()).eval()
-    for parameter in model.parameters():
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def shown(prompt):
-    """A prompt as a model reads it."""
-    return Prompt((prompt.states - MEAN) / STD, prompt.actions, prompt.rewards)
-
-
-def check_actions(episodes, want, first):
-    for e, episode in enumerate(episodes):
-        if e or first == "policy":
-            torch.testing.assert_close(episode.actions, want[e], atol=1e-5, rtol=0)
-        else:  # random ones
-            assert (
-                episode.actions - want[e]
-            ).abs().mean() > 0.1 and episode.actions.abs().max() <= 1
-            assert episode.actions.abs().mean() == pytest.approx(0.5, abs=0.13)
-            assert episode.actions.mean() == pytest.approx(0, abs=0.26)
-    later = torch.cat([episode.actions for episode in episodes[1:]], 1)
-    assert later.abs().max() <= 1 and (later.std(1) > 1e-3).all()  # they differ from step to step
-
-
-@pytest.mark.parametrize("first", ["policy", "random"])
-@pytest.mark.parametrize("cached", [True, False])
-@torch.no_grad()
-def test_algorithm2_with_continuous_numbers(point_config, monkeypatch, cached, first):
-    """Step by step with a cache, or the whole context each time: the actions of one pass over each episode."""
-    model = model_of(point_config, "ad")
-    with monkeypatch.context() as patch:
-        if not cached:
-            patch.setattr(type(model.cfg), "cacheable", property(lambda self: False))
-            patch.setattr(T2MIR, "feed", None)
-        episodes = played(model, settings(first=first))
-    kept, want = [], []
-    for episode in episodes:
-        want.append(
-            model(ADBatch(shown(concatenate([*kept, episode])), torch.arange(3))).action[:, -20:]
-        )
-        kept = sort_and_drop([*kept, episode], 2)
-    check_actions(episodes, want, first)
-
-
-@pytest.mark.parametrize("backbone", ["ad", "last"])
-@torch.no_grad()
-def test_noise_has_its_deviation_around_the_mean_action(point_config, backbone):
-    """The network reads the actions that were played, noise included."""
-    model = model_of(point_config, backbone)
-    episodes = played(model, settings(noise=0.25))
-    again = played(model, settings(noise=0.25))
-    assert all(torch.equal(a.actions, b.actions) for a, b in zip(episodes, again, strict=True))
-    if backbone == "ad":
-        mean = model(ADBatch(shown(episodes[0]), torch.arange(3))).action
-    else:
-        past, sees = (
-            Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0)),
-            torch.zeros(3, 1).long(),
-        )
-        queries = shown(episodes[0]).states.split(1, 1)
-        mean = torch.cat(
-            [model(DPTBatch(past, None, query, None, sees)).action for query in queries], 1
-        )
-    noise, inside = episodes[0].actions - mean, episodes[0].actions.abs() < 1
-    assert episodes[0].actions.abs().max() <= 1 and inside.float().mean() > 0.5
-    inner = noise[mean.abs() < 0.25]  # three deviations from the nearest wall
-    assert len(inner) > 10 and inner.std().item() == pytest.approx(
-        0.25, rel=4 / (2 * len(inner)) ** 0.5
-    )
-    assert abs(inner.mean().item()) < 4 * 0.25 / len(inner) ** 0.5
-
-
-@pytest.mark.parametrize(
-    "noise, named",
-    [(-0.1, "at least 0"), (float("nan"), "at least 0"), (0.1, "continuous actions")],
-)
-def test_impossible_noise_is_refused(noise, named):
-    with pytest.raises(ValueError, match=named) as error:
-        check_noise(noise, "darkroom")
-    assert "\n" not in str(error.value)
-    check_noise(0.1, "point-robot")
-    check_noise(0.0, "darkroom")
-
-
-@pytest.mark.parametrize("first", ["policy", "random"])
-@pytest.mark.parametrize("memory", ["last", "all"])
-@pytest.mark.parametrize("name", ["first", "last"])
-@torch.no_grad()
-def test_algorithm4_with_continuous_numbers(point_config, name, memory, first):
-    model = model_of(point_config, name)
-    episodes, want = played(model, settings(prompt=memory, first=first)), []
-    for e, episode in enumerate(episodes):
-        past = concatenate(episodes[e - 1 : e] if memory == "last" else episodes[:e]) if e else None
-        past = past or Prompt(torch.zeros(3, 0, 2), torch.zeros(3, 0, 2), torch.zeros(3, 0))
-        sees = torch.full((3, 1), past.steps)
-        queries = ((episode.states - MEAN) / STD).split(1, 1)
-        predicted = [
-            model(DPTBatch(shown(past), None, query, None, sees)).action[:, -1] for query in queries
-        ]
-        want.append(torch.stack(predicted, 1))
-    check_actions(episodes, want, first)
+    still = [
+        play("point-robot", [[0.5, 0.0]] * 2, Constant([[0.0, 0.0]] * 2), 2, seed)
+        for seed in (3, 4)
+    ]
+    assert (still[0][0] == got[0]).all() and (still[1][0] != got[0]).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, capsys):
-    row = evaluate_run(robots[name], episodes=3, seed=5, history=2, results=str(tmp_path))
+    row = evaluate(robots[name], episodes=3, play_seed=5, results=tmp_path)
     data = load_dataset(point_folder)
-    model, _, _, states = checkpoint.load_model(robots[name], "cpu")
-    assert torch.equal(states[0], data.state_mean) and torch.equal(states[1], data.state_std)
     tasks = data.meta["test_tasks"]
-    want, plain = (
-        play("point-robot", tasks, make_policy(model, settings(), 5, *read), 3, seed=5)
-        for read in (states, ())
-    )
+    policy, method = policy_of(robots[name])
+    assert torch.equal(method.state_mean, data.state_mean)
+    assert torch.equal(method.state_std, data.state_std)
+    want = play("point-robot", tasks, policy, 3, seed=5)
+    method.state_mean, method.state_std = torch.zeros(2), torch.ones(2)
+    plain = play("point-robot", tasks, method.policy(method.cfg.play), 3, seed=5)
     values, named = returns_of(tmp_path)
     assert values == pytest.approx(want, rel=1e-5) and (values != pytest.approx(plain, rel=1e-5))
     assert named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 2
     (line,) = table(tmp_path / "summary.csv")
     assert line == {k: str(v) for k, v in row.items()}
     known = data.meta["reference"]["test"]
-    assert line["teacher_return"] == f"{np.mean(known['expert']):.2f}"
+    assert line["teacher_return"] == f"{np.mean(known['teacher']):.2f}"
     assert line["random_return"] == f"{np.mean(known['random']):.2f}"
-    assert line["optimum"] == f"{point_robot_optimum(tasks).mean():.2f}"
-    assert (line["env"], line["success"], line["paper_return"]) == (
-        "point-robot",
-        "",
-        str({"ad": -5.2}.get(name, -5.0)),
-    )
+    assert line["optimum"] == f"{optimal_returns('point-robot', tasks).mean():.2f}"
+    facts = [line[column] for column in ("env", "success", "paper_return")]
+    assert facts == ["point-robot", "", str({"ad": -5.2}.get(name, -5.0))]
     last, floor, best = (float(line[k]) for k in ("last_return", "random_return", "optimum"))
     printed = capsys.readouterr().out
     assert f"{'random 0, optimum 1: last 3':<32}{(last - floor) / (best - floor):>8.3f}" in printed
@@ -500,55 +316,40 @@ def test_an_evaluation_of_point_robot(robots, point_folder, tmp_path, name, caps
 
 
 def test_the_training_split_has_references_of_its_own(robots, point_folder, tmp_path):
-    row = evaluate_run(robots["last"], episodes=1, split="train", results=str(tmp_path))
+    row = evaluate(robots["last"], episodes=1, split="train", results=tmp_path)
     known = load_dataset(point_folder).meta["reference"]["train"]
-    assert row["teacher_return"] == f"{np.mean(known['expert']):.2f}"
+    assert row["teacher_return"] == f"{np.mean(known['teacher']):.2f}"
     assert row["random_return"] == f"{np.mean(known['random']):.2f}" and len(known["random"]) == 5
 
 
 @pytest.fixture(scope="module")
 def reacher(tmp_path_factory):
     """A run of one step on a dataset of Reach that holds random numbers."""
-    cfg = CollectConfig(env="reach", train_tasks=2, test_tasks=2, episodes=5, queries=10,
-                        folder=str(tmp_path_factory.mktemp("reach")))  # fmt: skip
-    folder, (train, test), rng, hashes = (
-        dataset_folder(cfg),
-        cfg.split(),
-        np.random.default_rng(0),
-        [],
-    )
+    data = Data(env="reach", train_tasks=2, test_tasks=2, data_episodes=5, data_queries=10,
+                datasets=str(tmp_path_factory.mktemp("reach")))  # fmt: skip
+    cfg, rng, hashes = Collection(data), np.random.default_rng(0), []
+    folder = dataset_folder(cfg)
     folder.mkdir()
     shapes = {"states": (5, 100, 18), "actions": (5, 100, 4), "rewards": (5, 100)}
     shapes |= {"query_states": (10, 18), "query_actions": (10, 4)}
     for i in range(2):
-        path = folder / part_name(i)
-        np.savez_compressed(
-            path, **{k: rng.uniform(-1, 1, shape).astype(np.float32) for k, shape in shapes.items()}
-        )
-        hashes.append(file_hash(path))
-    reference = {
-        "test": {"random": [10.0, 20.0], "teacher": [300.0, 500.0], "highest": [301.0, 501.0]}
-    }
-    meta = {
-        "format": FORMAT,
-        **settings_of(cfg),
-        "horizon": 100,
-        "train_tasks": train,
-        "test_tasks": test,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta | {"reference": reference, "sha256": hashes}))
+        arrays = {k: rng.uniform(-1, 1, shape).astype(np.float32) for k, shape in shapes.items()}
+        np.savez_compressed(folder / part_name(i), **arrays)
+        hashes.append(file_hash(folder / part_name(i)))
+    known = {"random": [10.0, 20.0], "teacher": [300.0, 500.0], "highest": [301.0, 501.0]}
+    meta = describe_dataset(cfg) | {"reference": {"test": known}, "sha256": hashes}
+    (folder / "meta.json").write_text(json.dumps(meta))
     with trainer(cfg) as fit:
         return fit(tmp_path_factory.mktemp("reacher") / "run", steps=1)
 
 
 class Hand(Script):
-    """In its second episode the first task's hand goes to the goal; the others stay where they are."""
+    """In its second episode the first task's hand goes to the goal; the others stay."""
 
     def __init__(self, goal):
         super().__init__([], [])
-        self.goal = torch.tensor(
-            [*goal[:2], goal[2] + 0.045]
-        )  # what is observed is above the fingers
+        # what is observed is above the fingers
+        self.goal = torch.tensor([*goal[:2], goal[2] + 0.045])
 
     def act(self, states):
         actions = torch.zeros(len(states), 4)
@@ -558,109 +359,50 @@ class Hand(Script):
 
 
 def test_success_of_reach_is_played_and_reported(reacher, tmp_path, monkeypatch, capsys):
-    tasks = checkpoint.read_tasks(reacher)["test"]
-    monkeypatch.setattr(evaluate, "make_policy", lambda *_: Hand(tasks[0]))
-    row = evaluate_run(reacher, episodes=2, results=str(tmp_path))
+    tasks = checkpoint.read_tasks(reacher, "reach")["test"]
+    monkeypatch.setattr(DPT, "policy", lambda *_: Hand(tasks[0]))
+    row = evaluate(reacher, episodes=2, results=tmp_path)
     (path,) = set(tmp_path.glob("*.csv")) - {tmp_path / "summary.csv"}
     found = table(path)
-    assert [(line["episode"], line["success"]) for line in found] == [
-        ("1", "0"),
-        ("2", "1"),
-        ("1", "0"),
-        ("2", "0"),
-    ]
+    successes = [(line["episode"], line["success"]) for line in found]
+    assert successes == [("1", "0"), ("2", "1"), ("1", "0"), ("2", "0")]
     returns = [float(line["return"]) for line in found]
     assert returns[1] > 2 * returns[0] and returns[3] == pytest.approx(returns[2], rel=1e-4)
-    assert (row["success"], row["teacher_return"], row["random_return"]) == (
-        "0.25",
-        "400.00",
-        "15.00",
-    )
+    references = (row["success"], row["teacher_return"], row["random_return"])
+    assert references == ("0.25", "400.00", "15.00")
     assert row["optimum"] == "" and table(tmp_path / "summary.csv")[0]["success"] == "0.25"
     printed = capsys.readouterr().out
     share = (float(row["last_return"]) - 15) / (400 - 15)
-    assert (
-        f"{'random 0, expert 1: last 2':<32}{share:>8.3f}" in printed
-        and f"{'success, last 2':<32}    25 %" in printed
-    )
+    assert f"{'random 0, teacher 1: last 2':<32}{share:>8.3f}" in printed
+    assert f"{'success, last 2':<32}    25 %" in printed
     assert float(row["last_return"]) == pytest.approx(np.mean(returns), abs=0.01)
 
 
 def test_a_table_without_a_share(capsys):
-    """No share where the expert is no better than random."""
+    """No share where the teacher is no better than random."""
     row = {f"{name}_return": "5.00" for name in ("first", "last", "best", "random", "teacher")}
     row |= {"optimum": "", "success": "", "paper_return": ""}
-    print_table(row, np.array([5.0]), None, 1)
+    returns = Returns(np.array([[5.0]]), None, None, {})
+    print_table(row, returns)
     assert "random 0" not in capsys.readouterr().out
-    print_table(row | {"teacher_return": "9.00"}, np.array([5.0]), None, 1)
-    assert "random 0, expert 1: last 1" in capsys.readouterr().out
+    print_table(row | {"teacher_return": "9.00"}, returns)
+    assert "random 0, teacher 1: last 1" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------- diagnostics
-@pytest.mark.parametrize(
-    ("joint", "bits"),
-    [
-        ([[1, 2], [2, 4]], 0.0),  # independent
-        ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log2(3)),  # one tells the other
-        (
-            [[1, 1], [0, 2]],
-            1 + 0.25 * math.log2(4) + 0.75 * math.log2(4 / 3) - 1.5,
-        ),  # H(X) + H(Y) - H(X, Y)
-        ([[3, 0], [0, 0]], 0.0),  # nothing varies
-    ],
-)
-def test_mutual_information(joint, bits):
-    assert mutual_information(torch.tensor(joint)) == pytest.approx(bits, abs=1e-6)
-
-
-def test_least_share():
-    kept = torch.tensor([[0, 1], [0, 2], [0, 1], [2, 1]])  # 3, 3 and 2 choices of 8
-    assert least_share(kept, 3) == pytest.approx(2 / 8) and least_share(kept, 4) == 0
-
-
-def test_modality_counts_take_the_best_expert_and_leave_queries_out():
-    token_expert = torch.tensor(
-        [[[0, 1], [1, 3], [2, 3], [0, 1], [3, 0]], [[0, 2], [1, 0], [1, 2], [3, 2], [3, 1]]]
-    )
-    out = SimpleNamespace(token_expert=token_expert, modality=torch.tensor([0, 1, 2, 0, 3]))
-    assert modality_counts(out, 4).tolist() == [[3, 0, 0, 1], [0, 2, 0, 0], [0, 1, 1, 0]]
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("moe", ["both", "none"])
-def test_probe_looks_without_changing_anything(tiny_config, explore_data, build, name, moe):
-    backbone, more = KINDS[name]
-    model, cfg = build(name, moe=moe), parse(command(tiny_config, None, backbone, moe=moe, **more))
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    state = torch.get_rng_state()
-    for training in (True, False):
-        model.train(training)
-        found = probe(model, explore_data, cfg, 1, "cpu")
-        assert model.training is training and all(
-            module.training is training for module in model.modules()
-        )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    want = {
-        "token_mi",
-        "token_least",
-        "task_least",
-        "contrastive_fresh",
-        "accuracy_fresh",
-        "chance",
-    }
-    want = (want if moe == "both" else set()) | (
-        {"kl_reward", "kl_no_reward"} if backbone == "dpt" else set()
-    )
-    assert set(found) == want and all(math.isfinite(value) for value in found.values())
-    if moe == "both":
-        assert 0 <= found["token_mi"] <= math.log2(3) and 0 <= found["token_least"] <= 1 / 4
-        assert (
-            found["chance"] == 1 / 15 and 0 <= found["accuracy_fresh"] <= 1
-        )  # two draws of each of eight tasks
-    if want:
-        assert (
-            probe(model, explore_data, cfg, 1, "cpu")
-            == found
-            != probe(model, explore_data, cfg, 2, "cpu")
-        )
+# ----------------------------------------------------------------------------------- what is loaded
+def test_an_evaluation_loads_no_simulator_and_no_teacher(trained, robots, tmp_path):
+    """A checkpoint of DarkRoom or Point-Robot plays where only torch and numpy's kin are."""
+    code = f"""
+import runpy, sys
+for run in {[str(trained["last"]), str(robots["ad"])]}:
+    sys.argv = ["evaluate.py", run, "--episodes", "1", "--results", {str(tmp_path)!r}]
+    runpy.run_path({str(ROOT / "evaluate.py")!r}, run_name="__main__")
+print("LOADED", *sys.modules)
+"""
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split(".")[0] for name in done.stdout.partition("LOADED")[2].split()}
+    heavy = {"stable_baselines3", "mujoco", "metaworld", "collect", "teachers", "tensorboard"}
+    assert "matplotlib" in loaded and not loaded & heavy
+    assert len(list(tmp_path.glob("*.png"))) == 2

@@ -1,4 +1,5 @@
-"""How anything is written: whole or not at all, same content same bytes, one process a folder, room on the disk.
+"""How anything is written: whole or not at all, same content same bytes, one process a folder,
+room on the disk; and an optimizer's moments there and back.
 
 Run: pytest tests/test_files.py
 """
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 
 from support import files
 from support.files import (
+    load_optimizer,
     load_tensors,
     need_space,
     only_writer,
+    optimizer_tensors,
     save_arrays,
     save_tensors,
     write_atomically,
@@ -71,16 +74,16 @@ def one_line(error, *parts):
     assert all(str(part) in text for part in parts), text
 
 
-# --------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 def test_tensors_and_header_come_back(tmp_path):
     path = tmp_path / "new" / "x.safetensors"
     save_tensors(path, tensors(), ABOUT)
-    found, about = load_tensors(path)
+    loaded, about = load_tensors(path)
     assert about.pop("crc").isdigit() and about == ABOUT
-    assert found.keys() == tensors().keys()
+    assert loaded.keys() == tensors().keys()
     for name, value in tensors().items():
-        assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
-        assert found[name].zero_().count_nonzero() == 0  # it can be written to
+        assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype, name
+        assert loaded[name].zero_().count_nonzero() == 0  # it can be written to
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
@@ -175,7 +178,100 @@ def test_arrays_come_back_and_same_content_same_bytes(tmp_path, monkeypatch):
             np.testing.assert_array_equal(file[name], value, strict=True)
 
 
-# ------------------------------------------------------------------------------------------ whole or not
+# --------------------------------------------------------------------------------------- optimizers
+SHAPES = ((3, 5), (5,), (), (2, 1))
+
+
+def stepped(steps, seed=0, **options):
+    """An optimizer after some steps; its last parameter never has a gradient."""
+    rng = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=rng, requires_grad=True) for shape in SHAPES]
+    optimizer = torch.optim.AdamW(weights, 1e-2, **options)
+    walk(optimizer, rng, steps)
+    return optimizer, rng
+
+
+def walk(optimizer, rng, steps):
+    weights = optimizer.param_groups[0]["params"]
+    for _ in range(steps):
+        for weight in weights[:-1]:
+            weight.grad = torch.randn(weight.shape, generator=rng)
+        optimizer.step()
+    return [weight.detach().clone() for weight in weights]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_optimizer_continues_from_its_file_as_if_it_had_not_stopped(tmp_path, steps, fused):
+    """Weights and later steps are equal bit for bit; the file's other tensors are left alone."""
+    one, rng = stepped(steps, fused=fused)
+    moments = optimizer_tensors(one, "adam")
+    assert sorted(moments) == sorted(
+        f"adam.{i}.{name}" for i in range(3) for name in ("step", "exp_avg", "exp_avg_sq") if steps
+    )
+    save_tensors(tmp_path / "x", moments | {"adamant.0.step": torch.ones(7)}, {})
+    two, _ = stepped(1, seed=1, fused=fused)  # had other moments
+    with torch.no_grad():
+        for mine, weight in zip(*(o.param_groups[0]["params"] for o in (two, one)), strict=True):
+            mine.copy_(weight)
+    load_optimizer(two, "adam", load_tensors(tmp_path / "x")[0])
+    again = torch.Generator()
+    again.set_state(rng.get_state())
+    for a, b in zip(walk(one, rng, 3), walk(two, again, 3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loaded_optimizer_shares_no_memory_with_the_tensors():
+    one, rng = stepped(2)
+    two, _ = stepped(0)
+    load_optimizer(two, "x", optimizer_tensors(one, "x"))
+    before = {key: value.clone() for key, value in optimizer_tensors(one, "x").items()}
+    walk(two, rng, 2)
+    assert all(
+        torch.equal(before[key], value) for key, value in optimizer_tensors(one, "x").items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adam.1.exp_avg": None}, r"adam\.1\.exp_avg is missing"),
+        ({"adam.0.step": None, "adam.2.step": None}, r"adam\.0\.step is missing"),
+        (
+            {"adam.0.exp_avg": torch.zeros(5, 3)},
+            r"adam\.0\.exp_avg has shape \(5, 3\), not \(3, 5\)",
+        ),
+        ({"adam.1.exp_avg_sq": torch.tensor(1.0)}, r"exp_avg_sq has shape \(\), not \(5,\)"),
+        ({"adam.2.step": torch.zeros(3)}, r"adam\.2\.step has shape \(3,\), not \(\)"),
+        ({"adam.4.step": torch.tensor(1.0)}, r"adam\.4\.step is of none of the 4 parameters"),
+        ({"adam.actor.0.step": torch.tensor(1.0)}, "is of none of the 4 parameters"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_in_one_line(changes, message):
+    one, _ = stepped(3)
+    changed = optimizer_tensors(one, "adam") | changes
+    two, _ = stepped(1, seed=1)
+    before = optimizer_tensors(two, "adam")
+    with pytest.raises(ValueError, match=message) as error:
+        load_optimizer(two, "adam", {k: v for k, v in changed.items() if v is not None})
+    one_line(error)
+    assert all(value is before[key] for key, value in optimizer_tensors(two, "adam").items())
+
+
+# ------------------------------------------------------------------------------------- whole or not
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_file_has_the_mode_that_the_umask_says(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "tensors", tensors(), ABOUT)
+        save_arrays(tmp_path / "arrays", {"a": np.zeros(3)})
+        write_atomically(tmp_path / "text", lambda temporary: temporary.write_text("text"))
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "x"
@@ -214,7 +310,7 @@ def test_failing_arrays_leave_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------- one writer
+# --------------------------------------------------------------------------------------- one writer
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -282,7 +378,7 @@ def test_lock_is_left_however_the_block_ends(tmp_path):
         pass
 
 
-# ------------------------------------------------------------------------------------------------- room
+# --------------------------------------------------------------------------------------------- room
 def test_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     asked = []
 

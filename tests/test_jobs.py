@@ -1,4 +1,5 @@
-"""Jobs on local processes and on Ray: results, exceptions, and that nothing is left behind however the command ends.
+"""Jobs on local processes and on Ray: results, exceptions, and that nothing is left behind
+however the command ends.
 
 Run: pytest tests/test_jobs.py
 """
@@ -29,7 +30,7 @@ class Wrong(ValueError):
     """An exception of a job."""
 
 
-# ------------------------------------------------------------------------------------------- the jobs
+# ----------------------------------------------------------------------------------------- the jobs
 def square(job, alive):
     """A number, squared after some seconds."""
     number, seconds = job
@@ -39,7 +40,7 @@ def square(job, alive):
 
 
 def patient(job, alive):
-    """Works until it is asked to stop: leaves NAME.started, then NAME.stopped, with its process's id."""
+    """Works until it is asked to stop: leaves NAME.started, with its process's id, NAME.stopped."""
     folder, name, what = job
     (folder / f"{name}.started").write_text(str(os.getpid()))
     if what:
@@ -85,17 +86,16 @@ def workers(folder):
     return [int(path.read_text()) for path in folder.glob("*.started") if path.read_text()]
 
 
-# -------------------------------------------------------------------------------------- local processes
+# ---------------------------------------------------------------------------------- local processes
 def test_results_are_in_order_whatever_finishes_first():
     ticks = []
     todo = ((n, seconds) for n, seconds in enumerate([2.5, 0.0, 0.6, 0.0, 0.1]))
-    found = run_jobs(square, todo, 2, watch=lambda: ticks.append(time.monotonic()))
-    assert [(n, squared) for n, squared, *_ in found] == [(n, n * n) for n in range(5)]
-    processes = {process for *_, process, _ in found}
+    results = run_jobs(square, todo, 2, watch=lambda: ticks.append(time.monotonic()))
+    assert [(n, squared) for n, squared, *_ in results] == [(n, n * n) for n in range(5)]
+    processes = {process for *_, process, _ in results}
     assert os.getpid() not in processes and len(processes) <= 2
-    assert {threads for *_, threads in found} == {
-        1
-    }  # the bytes of a job depend on nothing beside it
+    # the bytes of a job depend on nothing beside it
+    assert {threads for *_, threads in results} == {1}
     assert len(ticks) >= 2 and all(gone(process) for process in processes)
 
 
@@ -117,12 +117,10 @@ def test_exception_reaches_the_caller_and_stops_the_others(tmp_path, what, count
     assert type(error.value) is Wrong and error.value.args == ("the third", 3)
     assert all(gone(process) for process in workers(tmp_path))
     started = names(tmp_path, "started")
-    assert (
-        started[:count] == ["0", "1"][:count] and "4" not in started
-    )  # one more may have begun beside the exception
-    assert names(tmp_path, "stopped") == [
-        name for name in started if name != "1" or what == "watch"
-    ]
+    # one more may have begun beside the exception
+    assert started[:count] == ["0", "1"][:count] and "4" not in started
+    noticed = [name for name in started if name != "1" or what == "watch"]
+    assert names(tmp_path, "stopped") == noticed
 
 
 def test_killed_worker_is_one_line(tmp_path):
@@ -139,7 +137,7 @@ def test_killed_worker_is_one_line(tmp_path):
     until(lambda: all(gone(process) for process in workers(tmp_path)))
 
 
-# --------------------------------------------------------------------------------- the command's own end
+# ---------------------------------------------------------------------------- the command's own end
 COMMAND = """
 import sys
 from pathlib import Path
@@ -162,9 +160,8 @@ def command(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # tests in the background ignore it
+        # tests that run in the background ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield child
@@ -175,9 +172,8 @@ def command(folder):
 
 
 def children(process):
-    return [
-        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in listed.split()]
 
 
 def test_ctrl_c_ends_command_and_workers(tmp_path):
@@ -193,16 +189,11 @@ def test_ctrl_c_ends_command_and_workers(tmp_path):
 
 
 def test_ctrl_c_in_a_terminal_while_workers_start(tmp_path):
-    """It reaches the workers too, which are still importing: they must neither die of it nor print."""
+    """It reaches the workers too, while they import: they must neither die of it nor print."""
 
     def importing():  # two workers; multiprocessing has a process of its own
-        return (
-            sum(
-                "libtorch" in Path(f"/proc/{process}/maps").read_text()
-                for process in children(child.pid)
-            )
-            == 2
-        )
+        maps = [Path(f"/proc/{process}/maps").read_text() for process in children(child.pid)]
+        return sum("libtorch" in text for text in maps) == 2
 
     with command(tmp_path) as child:
         until(importing)
@@ -225,10 +216,10 @@ def test_workers_notice_that_their_command_was_killed(tmp_path):
         assert names(tmp_path, "started") == names(tmp_path, "stopped") == ["0", "1"]
 
 
-# ------------------------------------------------------------------------------------------------- Ray
+# ---------------------------------------------------------------------------------------------- Ray
 @pytest.fixture
 def findable(monkeypatch):
-    """Ray's workers import this file too, and take their turn beside others (Ray would put them last)."""
+    """Ray's workers import this file too, and take their turn (Ray would put them last)."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     monkeypatch.setenv("RAY_worker_niceness", "0")
 
@@ -236,13 +227,11 @@ def findable(monkeypatch):
 @needs_ray
 def test_ray_gives_the_same(findable):
     ticks = []
-    found = run_jobs(
-        square, [(n, 0.3 * (n == 0)) for n in range(3)], 1, "local", lambda: ticks.append(0)
-    )
-    assert [(n, squared) for n, squared, *_ in found] == [(n, n * n) for n in range(3)]
-    assert os.getpid() not in {process for *_, process, _ in found} and {
-        threads for *_, threads in found
-    } == {1}
+    todo = [(n, 0.3 * (n == 0)) for n in range(3)]
+    results = run_jobs(square, todo, 1, "local", lambda: ticks.append(0))
+    assert [(n, squared) for n, squared, *_ in results] == [(n, n * n) for n in range(3)]
+    assert os.getpid() not in {process for *_, process, _ in results}
+    assert {threads for *_, threads in results} == {1}
     assert ticks
 
 

@@ -1,10 +1,11 @@
 """test_minari.py: datasets as Minari's and back, and Minari datasets that were made elsewhere.
 
-Run: python -m pytest -q tests/test_minari.py        DataCollector's test also wants jax: pip install 'minari[create]'
+Run: pytest tests/test_minari.py    DataCollector's test also wants jax: pip install minari[create]
 """
 
 import copy
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -13,10 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tiny import contents, run
+from commands import contents, run
 
 import envs
-from collect import CollectConfig, settings_of
+from ad import sample_ad
+from collect import settings_of
+from config import Collection, Data
 from data import (
     ARRAYS,
     FORMAT,
@@ -24,9 +27,8 @@ from data import (
     load_dataset,
     part_name,
     read_meta,
-    sample_ad,
-    sample_dpt,
 )
+from dpt import DPTSettings, sample_dpt
 from envs import make_env
 from support.files import save_arrays
 
@@ -47,9 +49,7 @@ def point_folder(tmp_path_factory):
     """A point-robot dataset as collect.py writes one, without experts: any float32 at all."""
     base = tmp_path_factory.mktemp("point")
     (base / "tasks.json").write_text(json.dumps(GOALS))
-    cfg = CollectConfig(
-        env="point-robot", quality="medium", episodes=E, queries=Q, tasks=str(base / "tasks.json")
-    )
+    chosen = Data(env="point-robot", quality="medium", data_episodes=E, data_queries=Q)
     folder, hashes = base / "data", []
     for i in range(3):
         rng = np.random.default_rng(i)
@@ -65,7 +65,12 @@ def point_folder(tmp_path_factory):
             folder / part_name(i), {name: array.astype(np.float32) for name, array in part.items()}
         )
         hashes.append(file_hash(folder / part_name(i)))
-    meta = {"format": FORMAT, **settings_of(cfg), "horizon": T, "train_tasks": GOALS["train"]}
+    meta = {
+        "format": FORMAT,
+        **settings_of(Collection(chosen)),
+        "horizon": T,
+        "train_tasks": GOALS["train"],
+    }
     meta |= {"test_tasks": GOALS["test"], "best_level": [0.1, 1 / 3, 0.7], "sha256": hashes}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -82,7 +87,7 @@ def root(point_folder, paper_folder, tmp_path_factory):
     return root
 
 
-# --------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 @pytest.mark.parametrize(
     ("name", "source"), [("point", "point-robot-medium"), ("paper", "darkroom-mixed")]
 )
@@ -113,76 +118,55 @@ def test_minari_reads_what_was_exported(root, paper_folder, paper_data, monkeypa
         dataset = minari.load_dataset(f"t2mir/darkroom-mixed/task-{i:03d}-v0")
         assert (dataset.total_episodes, dataset.total_steps) == (10, 1000)
         env = dataset.recover_environment()
-        assert (dataset.observation_space, dataset.action_space) == (
-            env.observation_space,
-            env.action_space,
-        )
-        assert (
-            env.spec.id == "t2mir/DarkRoom-v0"
-            and env.unwrapped.goal.tolist() == paper_data.meta["train_tasks"][i]
-        )
+        assert dataset.observation_space == env.observation_space
+        assert dataset.action_space == env.action_space
+        assert env.spec.id == "t2mir/DarkRoom-v0"
+        assert list(env.unwrapped.task) == paper_data.meta["train_tasks"][i]
         for j, episode in enumerate(dataset):
             np.testing.assert_array_equal(episode.observations[:-1], paper_data.states[i, j])
-            assert (
-                episode.observations[-1] == episode.observations[-2]
-            ).all()  # repeated, as its metadata says
-            assert (
-                env.observation_space.contains(episode.observations[0])
-                and episode.actions.dtype == np.int64
-            )
-            assert not episode.terminations.any() and episode.truncations.tolist() == [
-                False
-            ] * 99 + [True]
+            # repeated, as its metadata says
+            assert (episode.observations[-1] == episode.observations[-2]).all()
+            assert env.observation_space.contains(episode.observations[0])
+            assert episode.actions.dtype == np.int64
+            assert not episode.terminations.any()
+            assert episode.truncations.tolist() == [False] * 99 + [True]
             state, _ = env.reset()
             for t, action in enumerate(episode.actions):  # the environment plays what was recorded
                 assert (state == episode.observations[t]).all()
                 state, reward, _, truncated, _ = env.step(action)
                 assert (reward, truncated) == (episode.rewards[t], episode.truncations[t])
-        own = dataset.storage.metadata["t2mir"]
-        assert own["meta"] == read_meta(paper_folder) and (
-            own["task"],
-            own["last_observation"],
-        ) == (i, "repeated")
+        origin = dataset.storage.metadata["t2mir"]
+        assert origin["meta"] == read_meta(paper_folder)
+        assert (origin["task"], origin["last_observation"]) == (i, "repeated")
 
 
 def test_minari_reads_a_continuous_family(root, point_folder, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    dataset, data = (
-        minari.load_dataset("t2mir/point-robot-medium/task-001-v0"),
-        load_dataset(point_folder),
-    )
-    env = dataset.recover_environment()
-    assert env.unwrapped.goal.tolist() == GOALS["train"][1] and (
-        len(dataset),
-        dataset.total_steps,
-    ) == (E, E * T)
-    assert (
-        dataset.observation_space
-        == env.observation_space
-        == make_env("point-robot", [0, 0]).observation_space
-    )
+    dataset = minari.load_dataset("t2mir/point-robot-medium/task-001-v0")
+    data, env = load_dataset(point_folder), dataset.recover_environment()
+    assert list(env.unwrapped.task) == GOALS["train"][1]
+    assert (len(dataset), dataset.total_steps) == (E, E * T)
+    played = make_env("point-robot", [0, 0])
+    assert dataset.observation_space == env.observation_space == played.observation_space
     assert dataset.action_space == env.action_space
     for j, episode in enumerate(dataset):
-        assert env.observation_space.contains(
-            episode.observations[0]
-        ) and env.action_space.contains(episode.actions[0])
+        assert env.observation_space.contains(episode.observations[0])
+        assert env.action_space.contains(episode.actions[0])
         np.testing.assert_array_equal(episode.observations, data.states[1, j][[*range(T), T - 1]])
         np.testing.assert_array_equal(episode.actions, data.actions[1, j])
         np.testing.assert_array_equal(episode.rewards, data.rewards[1, j])
 
 
 CART = """
+from types import SimpleNamespace
+
 from envs import Family
 
-SPEC = Family("my cart", 5, 2, None, 1, False, 2, 1, task_numbers=2, gym_id="", expert="sac")
-
-
-class Batch:
-    pass
-
-
-def sample_tasks(count, rng):
-    return rng.random((count, 2))
+CART = Family(
+    "my cart", horizon=5, state_dim=2, action_dim=1, train_tasks=2, test_tasks=1,
+    task_low=(0.0, 0.0), task_high=(1.0, 1.0), batch=lambda tasks, seed: SimpleNamespace(),
+    sample_tasks=lambda count, rng: rng.random((count, 2)),
+)
 """
 
 
@@ -201,8 +185,8 @@ def test_a_family_of_the_user_s(tmp_path, monkeypatch):
         "env": env,
         "quality": "mixed",
         "recipe": "explore",
-        "episodes": 3,
-        "queries": 4,
+        "data_episodes": 3,
+        "data_queries": 4,
     }
     meta |= {"train_tasks": [[0.1, 0.2], [0.3, 0.4]], "test_tasks": [[0.5, 0.6]], "sha256": hashes}
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
@@ -243,9 +227,11 @@ def test_a_family_of_the_user_s(tmp_path, monkeypatch):
 
 def test_command_line(point_folder, tmp_path, monkeypatch, capsys):
     out, again = str(tmp_path / "minari"), str(tmp_path / "again")
-    ended = run("minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys)
+    ended = run("tools/minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys)
     assert ended.code == 0 and ended.out.startswith("3 Minari datasets")
-    ended = run("minari_io.py", ["import", out, again, "--env", "point-robot"], monkeypatch, capsys)
+    ended = run(
+        "tools/minari_io.py", ["import", out, again, "--env", "point-robot"], monkeypatch, capsys
+    )
     assert (
         ended.code == 0
         and ended.out.strip() == again
@@ -253,15 +239,15 @@ def test_command_line(point_folder, tmp_path, monkeypatch, capsys):
     )
     assert (
         "never overwritten"
-        in run("minari_io.py", ["import", out, again], monkeypatch, capsys).error
+        in run("tools/minari_io.py", ["import", out, again], monkeypatch, capsys).error
     )
     assert (
         "never overwritten"
-        in run("minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys).error
+        in run("tools/minari_io.py", ["export", str(point_folder), out], monkeypatch, capsys).error
     )
 
 
-# ---------------------------------------------------------------------------------------- made elsewhere
+# ----------------------------------------------------------------------------------- made elsewhere
 def with_collector(root, monkeypatch, name, env, episodes):
     """A random policy's episodes, recorded by Minari."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -287,16 +273,15 @@ def with_buffers(root, monkeypatch, name, env, episodes, steps=T, **spaces):
             observations.append(state)
             rewards.append(reward)
         ends = np.arange(steps) == steps - 1
-        buffer.append(minari.data_collector.EpisodeBuffer(
-            observations=observations, actions=actions, rewards=rewards, terminations=ends & False, truncations=ends,
-            infos={},
-        ))  # fmt: skip
+        episode = {"observations": observations, "actions": actions, "rewards": rewards}
+        episode |= {"terminations": ends & False, "truncations": ends, "infos": {}}
+        buffer.append(minari.data_collector.EpisodeBuffer(**episode))
     with warnings.catch_warnings(action="ignore"):
         minari.create_dataset_from_buffers(name, buffer, **(spaces or {"env": env}))
 
 
 def named(gym_id, entry_point, task):
-    """A registered environment whose class is named by text: a Minari dataset cannot hold the class."""
+    """A registered environment whose class is named by text: Minari cannot keep the class."""
     spec = copy.deepcopy(gym.spec(gym_id))
     spec.entry_point, spec.kwargs = entry_point, {"task": task}
     env = gym.make(spec)
@@ -305,7 +290,7 @@ def named(gym_id, entry_point, task):
 
 
 def point(task):
-    return named("t2mir/PointRobot-v0", "families.rooms:PointRobot", task)
+    return named("t2mir/PointRobot-v0", "families.point_robot:PointRobot", task)
 
 
 def tasks_file(folder, **changes):
@@ -385,14 +370,14 @@ def test_foreign_datasets(make, tmp_path, monkeypatch, capsys):
         )  # different steps of the data, with what was done
     rng = torch.Generator().manual_seed(0)
     assert (
-        sample_dpt(data, 4, 2, 1, rng).prompt.steps
+        sample_dpt(data, 4, 2, 1, rng, DPTSettings()).prompt.steps
         == sample_ad(data, 4, 2, 1, rng).prompt.steps
         == 2 * T
     )
 
 
 def test_foreign_ids_stay_whole_numbers(tmp_path, monkeypatch):
-    room = named("t2mir/DarkRoom-v0", "families.rooms:DarkRoom", [1, 1])
+    room = named("t2mir/DarkRoom-v0", "families.darkroom:DarkRoom", [1, 1])
     spaces = {"observation_space": room.observation_space, "action_space": room.action_space}
     with_buffers(tmp_path / "minari", monkeypatch, "room-v0", room, 2, 100, **spaces)
     tasks = tasks_file(tmp_path, train=[[1, 1]], test=[[2, 2]])
@@ -413,7 +398,7 @@ def test_foreign_ids_stay_whole_numbers(tmp_path, monkeypatch):
     )
 
 
-# -------------------------------------------------------------------------------------------- wrong input
+# -------------------------------------------------------------------------------------- wrong input
 def refused(tmp_path, message, function, *args, **options):
     """One line, and nothing is written, not even a folder."""
     before = (contents(tmp_path), sorted(tmp_path.rglob("*")))
@@ -450,10 +435,20 @@ def test_an_export_that_fails_leaves_nothing(point_folder, tmp_path, monkeypatch
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("minari_io.save_arrays", full)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "the user's")
+    monkeypatch.setattr("tools.minari_io.save_arrays", full)
     with pytest.raises(OSError, match="no space left"):
         export_minari(point_folder, tmp_path)
-    assert not contents(tmp_path)
+    assert not contents(tmp_path) and os.environ["MINARI_DATASETS_PATH"] == "the user's"
+
+
+def test_minari_s_root_is_left_as_it_was(point_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    export_minari(point_folder, "out")  # Minari would join a relative path to itself
+    assert "MINARI_DATASETS_PATH" not in os.environ
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.glob("out/t2mir/*")) == ["point-robot-medium"]
 
 
 def test_import_refuses_sources_and_targets(root, foreign, tmp_path):
@@ -490,7 +485,7 @@ def test_import_refuses_sources_and_targets(root, foreign, tmp_path):
     refused(
         tmp_path, "unknown environment 'atlantis'", import_minari, foreign, new, "atlantis", tasks
     )
-    line = r"elsewhere-0-v0 holds data of 't2mir/PointRobot-v0', not of cheetah-vel \('t2mir/CheetahVel-v0'\)"
+    line = r"elsewhere-0-v0 holds data of 't2mir/PointRobot-v0', not of cheetah-vel \('t2mir/Cheet"
     velocities = tmp_path / "velocities.json"
     velocities.write_text('{"train": [1.0, 2.0], "test": [3.0]}')
     refused(tmp_path, line, import_minari, foreign, new, "cheetah-vel", velocities)
@@ -550,9 +545,9 @@ def test_import_refuses_what_was_changed_after_its_export(copied, tmp_path):
     about = (data / "metadata.json").read_text()
     (data / "metadata.json").write_text(about.replace('"task": 1', '"task": 2'))
     refused(tmp_path, "task-001-v0 is not as it was exported .*checksum", *import_it)
-    (data / "metadata.json").write_text(about.replace('"seed": 0', '"seed": 1'))
+    (data / "metadata.json").write_text(about.replace('"data_seed": 0', '"data_seed": 1'))
     refused(tmp_path, "task-001-v0 is not as it was exported .*checksum", *import_it)
-    (data / "metadata.json").write_text(about.replace('"digest": "', '"digest": "0'))
+    (data / "metadata.json").write_text(about.replace('"checksum": "', '"checksum": "0'))
     refused(tmp_path, "task-001-v0 is not as it was exported .*checksum", *import_it)
     (data / "metadata.json").write_text(about)
     with np.load(data / "queries.npz") as file:

@@ -1,14 +1,18 @@
 """bench.py: how fast is it here? Speeds at the paper's sizes, beside what the machine can do.
 
-    python bench.py                          a table
-    python bench.py --json results/bench.json
-    python bench.py --only ad-darkroom-train --threads 1
+    python tools/bench.py                                  a table
+    python tools/bench.py --json results/bench.json        and a file
+    python tools/bench.py --only ad-darkroom-train --threads 1
 
-in : nothing        out: one object a measurement: name, tokens_per_s | seconds | env_steps_per_s | updates_per_s,
-                         ceiling_share, peak_gb, threads, torch
-`ceiling_share` is the share of the machine's own float32 matrix-product rate, measured in the same process,
-that the products of the step (attention's causal half included, nothing else counted) amount to. Every
-measurement runs in a process of its own, so `peak_gb` is its peak, interpreter and libraries included.
+in : nothing        out: an object a measurement: name, tokens_per_s | seconds | env_steps_per_s |
+                         updates_per_s; ceiling_share, peak_gb, threads, torch
+Read when you want to make something faster. What is measured is the data under "what is measured";
+which methods and families there are, the functions do not know.
+
+`ceiling_share`: the floating-point operations of the matrix products, attention's included, over
+what the machine itself does in the same time when it multiplies two large float32 matrices. Each
+measurement has a process of its own, so that `peak_gb`, which holds interpreter and libraries too,
+is its own.
 """
 
 from __future__ import annotations
@@ -17,398 +21,287 @@ import json
 import multiprocessing
 import os
 import resource
-import statistics
-import tempfile
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
+from torch import Tensor
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from config import Config, preset_values
-from data import ADBatch, DPTBatch, Prompt
-from envs import FAMILIES, get_family, make_batch, make_env, sample_tasks
-from evaluate import play
-from models import T2MIR, ModelConfig
-from moe import Experts
-from policies import ADPolicy
-from router import Routing, eq1_top_k_gate
+from data import Dataset, Prompt
+from envs import Family, get_family, make_env, sample_tasks
+from methods import Method, get_method
+from support.command_line import one_line, preset_config
 from support.files import write_atomically
-from teachers.sac import Replay, SACConfig, StackedSAC, train_sac
-from train import imitation_loss, make_optimizer
-
-# the batches that published timings of the official code used on a machine of two cores
-BATCH = {
-    ("darkroom", "ad"): 8, ("darkroom", "dpt"): 32, ("point-robot", "ad"): 32, ("point-robot", "dpt"): 32,
-    ("cheetah-vel", "ad"): 4, ("cheetah-vel", "dpt"): 32,
-}  # fmt: skip
+from support.settings import with_values
+from teachers.sac import Replay, SACConfig, StackedSAC
+from train import training_step
 
 
-def timed(work, repeats: int = 5, warm: int = 2) -> float:
-    """Median seconds of a call."""
-    for _ in range(warm):
-        work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+# ------------------------------------------------------------------------------- how it is measured
+def seconds_of(work: Callable[[], object], at_least: float = 5.0) -> float:
+    """Median seconds of a call, repeated for `at_least` seconds after a first one to warm up."""
+    threads = torch.get_num_threads()  # the timer would take one otherwise
+    timer = Timer("work()", globals={"work": work}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=at_least).median
 
 
 def ceiling() -> float:
-    """The machine's float32 matrix-product rate in FLOP/s."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    return 2 * 2048**3 / timed(lambda: a @ b, 7)
+    """The machine's float32 matrix-product rate, in operations a second."""
+    size = 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / seconds_of(lambda: a @ b, at_least=2.0)
 
 
-def step_flops(cfg: ModelConfig, batch: int, tokens: int, read: int) -> float:
-    """Products of one training step (forward, and twice that backward); `read` tokens pass the top block's end."""
-    d, attention = (
-        cfg.width,
-        4 * cfg.width**2 + tokens * cfg.width,
-    )  # projections; q k^T and p v, causal half
-    plain = 2 * d * cfg.ff
-    out = d // 2 if cfg.moe == "both" else d
-    experts = 0
-    if cfg.moe in ("both", "token"):
-        experts += cfg.top_k * cfg.token_hidden // cfg.token_experts * (d + out)
-    if cfg.moe in ("both", "task"):
-        experts += cfg.top_k * cfg.task_hidden // cfg.task_experts * (d + out)
-    if cfg.moe == "none":
-        experts = 3 * d * cfg.ff
-    products = tokens * (cfg.layers * attention + (cfg.layers - 1) * plain) + read * experts
-    return 2.0 * 3 * batch * products
+# torch's counter does not know attention on the CPU. Where a token does not see those behind it the
+# kernel leaves them out, which halves the count.
+def _attention(query, key, value, dropout, causal=False, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(query, key, value) // (2 if causal else 1)
 
 
-def paper(env: str, backbone: str, **changes) -> Config:
-    return Config(
-        env=env,
-        backbone=backbone,
-        preset="paper",
-        **{**preset_values("paper", env, backbone), **changes},
-    )
+def _attention_backward(
+    grad, query, key, value, out, log_sum, dropout, causal=False, *_, out_shape=None, **__
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value) // (2 if causal else 1)
 
 
-def random_batch(cfg: Config, batch: int) -> ADBatch | DPTBatch:
-    n, model = cfg.prompt_length, cfg.model()
+def operations_of(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of a call, as torch counts them.
 
-    def states(*shape: int) -> torch.Tensor:
-        return (
-            torch.randint(10, (*shape, 2))
-            if model.state_values
-            else torch.randn(*shape, model.state_dim)
-        )
-
-    def actions(*shape: int) -> torch.Tensor:
-        return (
-            torch.randint(5, shape)
-            if model.discrete_actions
-            else 2 * torch.rand(*shape, model.action_dim) - 1
-        )
-
-    prompt = Prompt(states(batch, n), actions(batch, n), (torch.rand(batch, n) < 0.3).float())
-    task = torch.arange(batch // 2).repeat_interleave(2)
-    if cfg.backbone == "ad":
-        return ADBatch(prompt, task)
-    return DPTBatch(prompt, task, states(batch, 1), actions(batch, 1), torch.full((batch, 1), n))
-
-
-def train_step(env: str, backbone: str, **changes) -> dict:
-    """One optimiser step as train.py does it."""
-    cfg, rows = paper(env, backbone, **changes), BATCH[env, backbone]
-    model = T2MIR(cfg.model())
-    optimizer, batch = make_optimizer(model, cfg), random_batch(cfg, rows)
-
-    def step() -> None:
-        output = model(batch)
-        imitation = imitation_loss(output, batch, model.cfg.discrete_actions)
-        loss = imitation + output.balance + cfg.w_contrastive * output.contrastive
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        model.update_key_router(cfg.momentum)
-
-    seconds = timed(step)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the ceiling's matrices
-    tokens = 3 * cfg.prompt_length + (backbone == "dpt")
-    read = cfg.prompt_length + (backbone == "dpt")
-    share = step_flops(cfg.model(), rows, tokens, read) / seconds / ceiling()
-    return {"tokens_per_s": rows * tokens / seconds, "ceiling_share": share, "peak_gb": peak}
-
-
-def evaluation_episode() -> dict:
-    """Algorithm 2 at paper size: 20 tasks, an episode of 100 steps behind a history of 4."""
-    cfg = paper("darkroom", "ad", routing="prefix")
-    policy = ADPolicy(T2MIR(cfg.model()), keep=4)
-    tasks = [[i % 10, i // 2] for i in range(20)]
-    play(
-        "darkroom", tasks, policy, 5
-    )  # fills the history; the fifth episode already has four behind it
-    history = [
-        Prompt(torch.randint(10, (20, 100, 2)), torch.randint(5, (20, 100)), torch.zeros(20, 100))
-    ]
-
-    def episode() -> None:
-        with torch.inference_mode():
-            policy.begin(history, 20)
-            states = torch.zeros(20, 2, dtype=torch.int64)
-            for _ in range(100):
-                policy.observe(states, policy.act(states), torch.zeros(20))
-
-    return {
-        "seconds": timed(episode, 3, 1),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    A count by hand (weights, and attention's causal half; three times the forward pass) gives 1-5 %
+    less for DPT and Point-Robot, and 8 % less for AD on Cheetah-Vel: it leaves out the scores that
+    attention's backward pass makes anew, heads and routers. AD on DarkRoom counts 84 % more here,
+    since its heads of 8 numbers are padded to 16 with zeros, which are multiplied as well.
+    """
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        work()
+    return counter.get_total_flops()
 
 
-# -------------------------------------------------------- how tokens reach experts: the candidates for moe.py
-def by_dense(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Every expert on every token, weighted by the gates."""
-    hidden = F.gelu(torch.einsum("nd,kdf->knf", x, experts.w1) + experts.b1[:, None])
-    y = torch.einsum("knf,kfo->nko", hidden, experts.w2) + experts.b2
-    gates = x.new_zeros(len(x), len(experts.w1)).scatter(1, routing.index, routing.weight)
-    return (gates[..., None] * y).sum(1)
+def peak_gb() -> float:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def by_mask(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """A loop over experts, each looking for its own tokens: the obvious way."""
-    y = x.new_zeros(len(x), experts.w2.shape[-1])
-    for i in range(len(experts.w1)):
-        token, slot = torch.where(routing.index == i)
-        y = y.index_add(0, token, experts.one(i, x[token]) * routing.weight[token, slot, None])
-    return y
+# -------------------------------------------------------------------------------- training, playing
+def make_method(env: str, backbone: str, rows: int, **changes) -> Method:
+    """A method at the paper's sizes, untrained. This file's one look at what a method is."""
+    cfg = with_values(preset_config("paper", env, backbone), {"batch": rows, **changes})
+    return get_method(backbone)(cfg, get_family(env))
 
 
-def by_grouped(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """torch's grouped matrix product over tokens sorted by expert."""
-    k, chosen = routing.index.shape[1], routing.index.flatten()
-    order = chosen.argsort(stable=True)
-    ends = torch.bincount(chosen, minlength=len(experts.w1)).cumsum(0).int()
-    expert, token = chosen[order], order // k
-    hidden = F.gelu(F.grouped_mm(x[token], experts.w1, offs=ends) + experts.b1[expert])
-    y = (
-        F.grouped_mm(hidden, experts.w2, offs=ends) + experts.b2[expert]
-    ) * routing.weight.flatten()[order, None]
-    return y.new_zeros(len(x), y.shape[-1]).index_add(0, token, y)
+def random_states(family: Family, *shape: int) -> Tensor:
+    """(..., ds) int64 cells or float32"""
+    if family.state_values:
+        return torch.stack([torch.randint(size, shape) for size in family.state_values], -1)
+    return torch.randn(*shape, family.state_dim)
 
 
-def dispatch(way: str) -> dict:
-    """Forward and backward of the token-wise MoE of DarkRoom-AD at its 3200 state tokens."""
-    torch.manual_seed(0)
-    experts, x = Experts(6, 64, 128, 32), torch.randn(3200, 64, requires_grad=True)
-    routing = eq1_top_k_gate(torch.randn(3200, 6), 2)
-    call = {"sorted": Experts.tokens, "dense": by_dense, "mask": by_mask, "grouped": by_grouped}[
-        way
-    ]
-    torch.testing.assert_close(call(experts, x, routing), Experts.tokens(experts, x, routing))
-    return {"seconds": timed(lambda: call(experts, x, routing).sum().backward(), 20, 5)}
+def random_actions(family: Family, *shape: int) -> Tensor:
+    """(...) int64 ids or (..., da) float32"""
+    if family.discrete_actions:
+        return torch.randint(family.action_dim, shape)
+    return 2 * torch.rand(*shape, family.action_dim) - 1
 
 
-# ------------------------------------------------------------------------------ environments and experts
-def env_steps(env: str, way: str, rows: int = 20, steps: int = 60) -> dict:
-    """Steps a second of `rows` tasks with random actions, on one core (but for `threads` and `processes`)."""
-    tasks = sample_tasks(env, rows, np.random.default_rng(0))
-    actions = (
-        np.random.default_rng(0)
-        .uniform(-1, 1, (rows, get_family(env).action_dim))
-        .astype(np.float32)
+def random_dataset(family: Family, episodes: int, tasks: int = 16, queries: int = 100) -> Dataset:
+    """Data without a meaning: the speed does not depend on it."""
+    shape = (tasks, episodes, family.horizon)
+    rewards = (torch.rand(shape) < 0.3).float()
+    returns = rewards.sum(-1)
+    return Dataset(
+        family=family,
+        meta={},
+        states=random_states(family, *shape),
+        actions=random_actions(family, *shape),
+        rewards=rewards,
+        query_states=random_states(family, tasks, queries),
+        query_actions=random_actions(family, tasks, queries),
+        returns=returns,
+        order=returns.argsort(dim=1, stable=True),
+        state_mean=torch.zeros(family.state_dim),
+        state_std=torch.ones(family.state_dim),
     )
-    if way == "plain":
+
+
+def training(env: str, backbone: str, rows: int, **changes) -> dict[str, float]:
+    """One training step, a batch drawn beforehand."""
+    method = make_method(env, backbone, rows, **changes)
+    family, settings = method.family, method.cfg.training
+    dataset = random_dataset(family, settings.prompt_length // family.horizon)
+    batch = method.sample(dataset, rows, settings.draws, torch.Generator().manual_seed(0))
+    method.model.train()
+    step = partial(training_step, method, batch)
+    seconds = seconds_of(step)
+    peak = peak_gb()  # before the ceiling's matrices
+    share = operations_of(step) / seconds / ceiling()
+    tokens = rows * method.tokens()
+    return {"tokens_per_s": tokens / seconds, "ceiling_share": share, "peak_gb": peak}
+
+
+def playing(env: str, backbone: str, tasks: int, history: int, **changes) -> dict[str, float]:
+    """An episode of all tasks behind `history` others, the environment left out."""
+    method = make_method(env, backbone, tasks, **changes)
+    family, horizon = method.family, method.family.horizon
+    policy = method.policy(method.cfg.play)
+    states, rewards = random_states(family, horizon, tasks), torch.zeros(tasks)
+    past = Prompt(
+        random_states(family, tasks, horizon),
+        random_actions(family, tasks, horizon),
+        torch.zeros(tasks, horizon),
+    )
+
+    @torch.inference_mode()
+    def episode() -> None:
+        policy.begin([past] * history, tasks)
+        for t in range(horizon):
+            policy.observe(states[t], policy.act(states[t]), rewards)
+
+    with torch.inference_mode():  # a memory fills up by one episode at a time
+        for finished in range(history):
+            policy.begin([past] * finished, tasks)
+    return {"seconds": seconds_of(episode), "peak_gb": peak_gb()}
+
+
+# ------------------------------------------------------------------------------------- environments
+def stepping(env: str, way: str, rows: int = 20, steps: int = 60) -> dict[str, float]:
+    """Steps a second of `rows` tasks with random actions; `threads` alone uses more than a core."""
+    tasks = sample_tasks(env, rows, np.random.default_rng(0))
+    actions = random_actions(get_family(env), rows).numpy()
+    if way == "plain":  # one Gymnasium environment after the other
         envs = [make_env(env, task) for task in tasks]
         for each in envs:
             each.reset(seed=0)
 
         def step() -> None:
             for each, action in zip(envs, actions, strict=True):
-                _, _, _, ended, _ = each.step(action)
-                if ended:
+                _, _, _, truncated, _ = each.step(action)
+                if truncated:
                     each.reset()
-    elif way in ("sync", "async"):
-        kind = gym.vector.SyncVectorEnv if way == "sync" else gym.vector.AsyncVectorEnv
-        envs = kind([partial(make_env, env, task) for task in tasks])
-        envs.reset(seed=0)
-
-        def step() -> None:
-            envs.step(actions)
     else:
         options = {"threads": os.cpu_count()} if way == "threads" else {}
-        envs = type(make_batch(env, tasks[:1]))(tasks, 0, **options)
-        envs.reset()
+        make: Any = get_family(env).batch  # MuJoCo's also take a number of threads
+        batch = make(tasks, 0, **options)
+        batch.reset()
+        step = partial(batch.step, actions)
 
-        def step() -> None:
-            envs.step(actions)
-
-    seconds = timed(lambda: [step() for _ in range(steps)], 5, 1)
-    if way in ("sync", "async"):
-        envs.close()
+    seconds = seconds_of(lambda: [step() for _ in range(steps)])
     return {"env_steps_per_s": rows * steps / seconds}
 
 
-def sac_flops(hidden: int, batch: int) -> float:
-    """Products of the middle layers in one update of one task: a forward pass counts one, a whole backward pass two,
-    one that goes through to the input alone one: 1 + 2 for the goal, 2 * 3 for the critics, 3 + 2 * 2 for the actor.
-    """
-    return 16 * 2.0 * batch * hidden**2
+# ---------------------------------------------------------------------------------------------- SAC
+# As collection runs it: a process a core, each on one thread.
+TASKS, STATE_DIM, ACTION_DIM = 10, 20, 6  # of a stack; Cheetah-Vel's numbers
 
 
-def sac_stacked(job: tuple[int, int]) -> float:
-    """Updates a second, summed over ten tasks, of one process."""
-    hidden, seconds = job
+def sac_stacked(hidden: int) -> tuple[float, float]:
+    """(updates, operations) a second of one process with all tasks in one stack."""
     torch.set_num_threads(1)
-    cfg = SACConfig(1000, 0, 1000, hidden=hidden)
-    agents, rng = StackedSAC(10, 20, 6, cfg, 0), torch.Generator().manual_seed(0)
-    replay = Replay(10, 1000, 20, 6)
+    cfg = SACConfig(steps=1000, warmup=0, save_every=1000, hidden=hidden)
+    agents = StackedSAC(TASKS, STATE_DIM, ACTION_DIM, cfg, seed=0)
+    replay, rng = Replay(TASKS, 1000, STATE_DIM, ACTION_DIM), torch.Generator().manual_seed(0)
     for _ in range(1000):
-        replay.add(torch.randn(10, 20), torch.rand(10, 6), torch.randn(10), torch.randn(10, 20))
+        states, following = torch.randn(2, TASKS, STATE_DIM)
+        replay.add(states, torch.rand(TASKS, ACTION_DIM), torch.randn(TASKS), following)
 
     def update() -> None:
-        noise = torch.randn(2, 10, cfg.batch, 6, generator=rng)
-        agents.update(*replay.sample(cfg.batch, rng), noise)
+        s, a, r, s2 = replay.sample(cfg.batch, rng)
+        agents.update(s, a, r, s2, torch.randn(2, TASKS, cfg.batch, ACTION_DIM, generator=rng))
 
-    return 10 * rate(update, seconds)
+    seconds = seconds_of(update, at_least=10.0)
+    return TASKS / seconds, operations_of(update) / seconds
 
 
-def sac_sb3(job: tuple[int, int]) -> float:
-    """Updates a second of one process of stable-baselines3 with the same sizes."""
+def sac_sb3(hidden: int) -> tuple[float, float]:
+    """The same of stable-baselines3, which trains one task."""
     from stable_baselines3 import SAC
 
-    hidden, seconds = job
     torch.set_num_threads(1)
-    options = {
-        "learning_starts": 900,
-        "buffer_size": 1000,
-        "ent_coef": 0.2,
-        "policy_kwargs": {"net_arch": [hidden] * 2},
-    }
-    model = SAC("MlpPolicy", make_env("cheetah-vel", [1.0]), device="cpu", **options)
-    model.learn(1000)
-    return 10 * rate(lambda: model.train(10, 256), seconds)
+    model = SAC(
+        "MlpPolicy",
+        make_env("cheetah-vel", [1.0]),
+        learning_starts=900,
+        buffer_size=1000,
+        ent_coef=0.2,
+        policy_kwargs={"net_arch": [hidden, hidden]},
+        device="cpu",
+    )
+    model.learn(1000)  # fills the buffer
+    update = partial(model.train, gradient_steps=1, batch_size=SACConfig.batch)
+    seconds = seconds_of(update, at_least=10.0)
+    return 1 / seconds, operations_of(update) / seconds
 
 
-def rate(work, seconds: float) -> float:
-    """Calls a second."""
-    work()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        work()
-        calls += 1
-    return calls / (time.perf_counter() - start)
-
-
-def sac_updates(way, hidden: int) -> dict:
-    """A process on every core, as collection runs them."""
+def updating(way: Callable[[int], tuple[float, float]], hidden: int) -> dict[str, float]:
+    """Updates a second, summed over processes and tasks."""
     cores = os.cpu_count() or 1
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
-        updates = sum(pool.map(way, [(hidden, 10)] * cores))
-    return {"updates_per_s": updates, "ceiling_share": updates * sac_flops(hidden, 256) / ceiling()}
+        updates, operations = np.sum(list(pool.map(way, [hidden] * cores)), axis=0)
+    return {"updates_per_s": updates, "ceiling_share": operations / ceiling()}
 
 
-CURVE = SACConfig(
-    2000, 100, 20, hidden=64, replay=2000
-)  # Table 2's Point-Robot, with narrower networks
-GOALS = [[0.8, 0.6], [-0.5, 0.9], [0.3, -0.7], [-0.9, -0.4], [0.0, 1.0]]
-
-
-def curve(returns: np.ndarray) -> dict:
-    """(runs, episodes) to the mean return of the ten episodes before steps 500, 1000 and 2000."""
-    return {
-        f"return_{step}": float(returns[:, step // 20 - 10 : step // 20].mean())
-        for step in (500, 1000, 2000)
-    }
-
-
-def sac_curve_stacked() -> dict:
-    """Training returns of stacked SAC on five goals, three seeds each, all in one stack."""
-    batch, rewards = make_batch("point-robot", GOALS * 3), []
-    step = batch.step
-
-    def watched(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        states, reward = step(actions)
-        rewards.append(reward)
-        return states, reward
-
-    batch.step = watched
-    with tempfile.TemporaryDirectory() as folder:
-        train_sac(batch, CURVE, (0, 0), Path(folder))
-    returns = np.stack(rewards, 1).reshape(len(GOALS) * 3, -1, batch.spec.horizon).sum(-1)
-    return curve(returns) | spread(returns)
-
-
-def sac_curve_sb3() -> dict:
-    """The same by stable-baselines3, one run after the other."""
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.monitor import Monitor
-
-    returns = []
-    for seed in range(3):
-        for goal in GOALS:
-            env = Monitor(make_env("point-robot", goal))
-            options = {
-                "learning_starts": CURVE.warmup,
-                "buffer_size": CURVE.replay,
-                "ent_coef": CURVE.alpha,
-            }
-            net = {"net_arch": [CURVE.hidden] * 2}
-            SAC("MlpPolicy", env, policy_kwargs=net, seed=seed, device="cpu", **options).learn(
-                CURVE.steps
-            )
-            returns.append(env.get_episode_rewards())
-    return curve(np.array(returns)) | spread(np.array(returns))
-
-
-def spread(returns: np.ndarray) -> dict:
-    """The deviation over three seeds of the mean over goals, at the end: (3 * goals, episodes)."""
-    last = returns[:, -10:].mean(1).reshape(3, -1).mean(1)
-    return {"seed_deviation": float(last.std(ddof=1))}
-
-
-CONTINUOUS = [
-    name
-    for name, spec in FAMILIES.items()
-    if spec.state_values is None and name != "cheetah-vel-3cluster"
+# --------------------------------------------------------------------------------- what is measured
+# Batches: those with which published timings of the official code were made, on two cores.
+TRAINED = [  # method, family, rows of a batch, what differs from the paper
+    ("ad", "darkroom", 8, {}),
+    ("ad", "darkroom", 8, {"routing": "prefix"}),
+    ("ad", "darkroom", 8, {"moe": "none"}),
+    ("dpt", "darkroom", 32, {}),
+    ("dpt", "darkroom", 32, {"moe": "none"}),
+    ("ad", "point-robot", 32, {}),
+    ("dpt", "point-robot", 32, {}),
+    ("ad", "cheetah-vel", 4, {}),
+    ("dpt", "cheetah-vel", 32, {}),
 ]
-MEASUREMENTS = {
-    **{f"{b}-{env}-train": partial(train_step, env, b) for env, b in BATCH},
-    "ad-darkroom-train-prefix": partial(train_step, "darkroom", "ad", routing="prefix"),
-    **{
-        f"{b}-darkroom-train-none": partial(train_step, "darkroom", b, moe="none")
-        for b in ("ad", "dpt")
-    },
-    "ad-darkroom-eval-episode": evaluation_episode,
-    **{f"dispatch-{way}": partial(dispatch, way) for way in ("sorted", "dense", "mask", "grouped")},
-    **{
-        f"env-{env}-{way}": partial(env_steps, env, way)
-        for env in CONTINUOUS
-        for way in ("plain", "batched")
-    },
-    **{
-        f"env-{env}-{way}": partial(env_steps, env, way)
-        for env in ("cheetah-vel", "walker-param")
-        for way in ("sync", "async", "threads")
-    },
-    **{f"sac-{hidden}-stacked": partial(sac_updates, sac_stacked, hidden) for hidden in (128, 256)},
-    "sac-curve-stacked": sac_curve_stacked,
-    "sac-curve-sb3": sac_curve_sb3,
-    **{f"sac-{hidden}-sb3": partial(sac_updates, sac_sb3, hidden) for hidden in (128, 256)},
-}
+PLAYED = [  # method, family, tasks, episodes of history, what differs from the paper
+    ("ad", "darkroom", 20, 4, {"routing": "prefix"}),
+]
+STEPPED = [  # family, ways to step many tasks
+    ("point-robot", ("plain", "batched")),
+    ("cheetah-vel", ("plain", "batched", "threads")),
+    ("walker-param", ("plain", "batched", "threads")),
+    ("reach", ("plain", "batched")),
+    ("push", ("plain", "batched")),
+]
+UPDATED = [("stacked", sac_stacked), ("sb3", sac_sb3)]
 
 
-def measure(job: tuple[str, int]) -> dict:
-    name, threads = job
+def measurements() -> dict[str, Callable[[], dict[str, float]]]:
+    """All there are, by name."""
+    named: dict[str, Callable[[], dict[str, float]]] = {}
+    for backbone, env, rows, changes in TRAINED:
+        name = "-".join([backbone, env, "train", *changes.values()])
+        named[name] = partial(training, env, backbone, rows, **changes)
+    for backbone, env, tasks, history, changes in PLAYED:
+        name = f"{backbone}-{env}-eval-episode"
+        named[name] = partial(playing, env, backbone, tasks, history, **changes)
+    for env, ways in STEPPED:
+        named |= {f"env-{env}-{way}": partial(stepping, env, way) for way in ways}
+    for hidden in (128, 256):
+        named |= {f"sac-{hidden}-{name}": partial(updating, way, hidden) for name, way in UPDATED}
+    return named
+
+
+def measure(name: str, threads: int) -> dict:
+    """One measurement, in the process that was made for it."""
     torch.set_num_threads(threads)
-    found = MEASUREMENTS[name]()
-    return {"name": name, **found, "threads": threads, "torch": torch.__version__}
+    torch.manual_seed(0)
+    numbers = {key: float(f"{value:.4g}") for key, value in measurements()[name]().items()}
+    return {"name": name, **numbers, "threads": threads, "torch": torch.__version__}
 
 
-def main(
+def bench(
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
     only: str | None = None,
     threads: int = 0,
@@ -420,26 +313,20 @@ def main(
         only: the name of one measurement.
         threads: CPU threads; 0: all cores.
     """
-    if only is not None and only not in MEASUREMENTS:
-        raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(MEASUREMENTS)}")
-    found = []
-    for name in [only] if only else MEASUREMENTS:
+    names = list(measurements())
+    if only is not None and only not in names:
+        raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(names)}")
+    rows = []
+    for name in [only] if only else names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(measure, (name, threads or os.cpu_count() or 1)).result())
-        values = [f"{k} {v:.4g}" for k, v in found[-1].items() if isinstance(v, float)]
-        print(f"{name:<28}" + "   ".join(values), flush=True)
+            row = pool.submit(measure, name, threads or os.cpu_count() or 1).result()
+        rows.append(row)
+        values = [f"{key} {value:g}" for key, value in row.items() if isinstance(value, float)]
+        print(f"{name:<32}" + "   ".join(values), flush=True)
     if json_file:
-        rounded = [
-            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-            for row in found
-        ]
-        write_atomically(
-            Path(json_file), lambda path: path.write_text(json.dumps(rounded, indent=1) + "\n")
-        )
+        text = json.dumps(rows, indent=1) + "\n"
+        write_atomically(Path(json_file), lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    one_line(lambda: tyro.cli(bench), "what is printed stands")

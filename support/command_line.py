@@ -1,0 +1,208 @@
+"""command_line.py: flags to checked settings; errors to one line (tyro makes flags of config.py).
+
+in : argv                   out: a `Config`, a `Collection` or an `Evaluation`
+
+Nothing of the paper is here. Twice over the flags: --env, --backbone and --preset (or the run that
+is evaluated) decide which flags there are and what their defaults are, so they are read first.
+Order of what wins: a flag, the preset, the declaration.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+import presets
+from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
+from envs import FAMILIES, get_family
+from methods import get_method, names
+from support.checkpoint import load_config
+from support.settings import (
+    FREE,
+    FREE_GROUPS,
+    check_types,
+    flat,
+    groups_of,
+    leaves,
+    with_values,
+)
+
+
+def _cli(default: Any, argv: list[str], description: str) -> Any:
+    """Flags over defaults; unknown ones end the program with tyro's message."""
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=argv,
+        description=f"{type(default).__doc__}\n{description}",
+        # --steps, not --training.steps; and help is the string below a setting, not a comment
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What decides the defaults of everything else."""
+
+    env: str = Data.env
+    backbone: str = Config.backbone
+    preset: Any = Config.preset
+
+
+@dataclass(frozen=True)
+class Files:
+    """What an evaluation must be told of a run whose family or method is a file of the user's."""
+
+    env: str | None = None
+    backbone: str | None = None
+
+
+def first_look(argv: list[str]) -> Chosen:
+    """These three, with `auto` resolved. Raises ValueError for a preset that is none."""
+    chosen, _ = tyro.cli(Chosen, args=argv, return_unknown_args=True, add_help=False)
+    # not by its type: the parser of these three flags would answer with a usage of its own
+    if chosen.preset not in ("auto", "paper", "cpu"):
+        raise ValueError(f"unknown preset '{chosen.preset}': choose auto, paper or cpu")
+    if chosen.preset == "auto":
+        chosen = replace(chosen, preset="paper" if torch.cuda.is_available() else "cpu")
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------- train.py
+def preset_config(preset: Any, env: str, backbone: str) -> Config:
+    """All settings of a preset; what it says of settings that a method does not have is left out.
+
+    Raises ValueError for an unknown family or method.
+    """
+    family, method = get_family(env), get_method(backbone)
+    groups = {name: group() for name, group in groups_of(method).items()}
+    empty = Config(backbone=backbone, preset=preset, **groups)
+    values = presets.values(preset, env, method.presets, family.horizon)
+    return with_values(empty, values | {"env": env})
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """train.py's command line, completed by its preset. Raises ValueError for what cannot be."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = first_look(argv)
+    default = preset_config(chosen.preset, chosen.env, chosen.backbone)
+    known = f"environments: {', '.join(FAMILIES)}; backbones: {', '.join(names())}"
+    cfg = replace(_cli(default, argv, known), preset=chosen.preset)  # what `auto` came to is kept
+    check(cfg)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError with one line for settings that cannot be, alone or together."""
+    check_types(cfg)
+    training, data, family = cfg.training, cfg.data, get_family(cfg.data.env)
+    if training.batch % training.draws:
+        raise ValueError(f"--batch {training.batch} is not a multiple of --draws {training.draws}")
+    if training.prompt_length % family.horizon:  # prompts are whole episodes (Algorithms 1, 3)
+        raise ValueError(
+            f"--prompt-length {training.prompt_length} is not a multiple of {family.name}'s "
+            f"{family.horizon}-step episode"
+        )
+    episodes = training.prompt_length // family.horizon
+    if episodes > data.data_episodes and not training.data:  # drawn without repeats
+        raise ValueError(
+            f"--prompt-length {training.prompt_length} needs more than --data-episodes "
+            f"{data.data_episodes}"
+        )
+    get_method(cfg.backbone).check(cfg, family)
+
+
+def differences(cfg: Config) -> list[str]:
+    """'name: paper -> here' for every setting in which a run departs from the preset `paper`."""
+    paper = flat(preset_config("paper", cfg.data.env, cfg.backbone))
+    changed = []
+    for group, name, value in leaves(cfg):
+        free = group in ("", "work", "run") or name in FREE  # where and who, not what
+        if not free and value != paper[name]:
+            changed.append(f"{name}: {paper[name]} -> {value}")
+    return changed
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """'name old -> new' for what a continued run must not change."""
+    before = flat(old)
+    return [
+        f"{name} {before.get(name)} -> {value}"  # another method has settings of its own
+        for group, name, value in leaves(new)
+        if group not in FREE_GROUPS and name not in FREE and value != before.get(name)
+    ]
+
+
+def default_folder(cfg: Config) -> str:
+    """runs/ and the main settings."""
+    settings = flat(cfg)
+    names = [
+        settings[name] for name in ("backbone", "moe", "quality", "preset") if name in settings
+    ]
+    names[0] = Path(names[0]).stem  # --backbone may be a file
+    return f"runs/{'-'.join([get_family(cfg.data.env).name, *names])}-s{cfg.seed}"
+
+
+# ------------------------------------------------------------------------------------- evaluate.py
+def parse_evaluation(command: type, argv: list[str] | None = None) -> Any:
+    """evaluate.py's command line: an `Evaluation` (`command`) of the run that it begins with, whose
+    own settings are the defaults. Raises ValueError for what cannot be.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or not argv[0] or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            _cli(command("runs/...", play=Play()), argv, "a method adds settings of its own")
+        raise ValueError("name the run first: python evaluate.py runs/... [settings]")
+    # what is read from a run's folder must not choose which file is run: the user names it
+    files, _ = tyro.cli(Files, args=argv[1:], return_unknown_args=True, add_help=False)
+    run = load_config(argv[0], env=files.env, backbone=files.backbone)
+    evaluation = _cli(command(argv[0], play=run.play), argv, "")
+    check_types(evaluation)
+    return evaluation
+
+
+# -------------------------------------------------------------------------------------- collect.py
+@dataclass(frozen=True)
+class CollectCommand:
+    """Collect one dataset; a stopped run continues with the same command."""
+
+    preset: Preset = "auto"
+    """paper: the paper's scale (App. D). cpu: minutes on two cores. auto: paper with CUDA."""
+    export_minari: Text | None = None
+    """Also write the dataset under this folder in Minari's format (tools/minari_io.py)."""
+    data: Data = field(default_factory=Data)
+    teachers: Teachers = field(default_factory=Teachers)
+    work: Work = field(default_factory=Work)
+
+
+def parse_collection(argv: list[str] | None = None) -> tuple[Collection, str | None]:
+    """collect.py's command line: what to collect, and where to export it."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = first_look(argv)
+    get_family(chosen.env)
+    values = presets.data_values(chosen.preset, chosen.env) | {"env": chosen.env}
+    default = with_values(CollectCommand(preset=chosen.preset), values)
+    command = _cli(default, argv, f"environments: {', '.join(FAMILIES)}")
+    check_types(command)
+    return Collection(command.data, command.teachers, command.work), command.export_minari
+
+
+# ------------------------------------------------------------------------------ one line, whatever
+def one_line(main: Callable[[], object], when_stopped: str) -> None:
+    """Run a script; what a user can mend, and Ctrl-C, end it with one line and no traceback."""
+    try:
+        # into a file or a pipe, too, each line as it comes
+        sys.stdout.reconfigure(line_buffering=True)  # pyrefly: ignore[missing-attribute]
+        main()
+    except (ValueError, OSError) as error:  # anything else is a bug, and its traceback is wanted
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print(f"stopped; {when_stopped}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None

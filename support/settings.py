@@ -1,0 +1,142 @@
+"""settings.py: what can be done with the groups of settings of config.py, whatever stands in them.
+
+in : nested dataclasses, flat names and values       out: the same, changed and checked
+pydantic checks every value against the type that its declaration has, bounds included: on the
+command line and in files alike. Nothing of the paper is here; no setting is known by its name, so
+that one more is one declaration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from config import Config
+from envs import get_family
+from methods import Method, get_method
+
+# Groups and settings that do not change the weights: a continued run may have others.
+FREE_GROUPS = ("play", "work", "run")
+FREE = ("datasets",)
+
+
+def leaves(settings: Any) -> Iterator[tuple[str, str, Any]]:
+    """(group, name, value) of every setting; the group is "" at the top."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if is_dataclass(value):
+            yield from ((entry.name, name, inner) for _, name, inner in leaves(value))
+        else:
+            yield "", entry.name, value
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """{name: value} of every setting; names are unique over the groups."""
+    return {name: value for _, name, value in leaves(settings)}
+
+
+def with_values(settings: Any, values: dict[str, Any]) -> Any:
+    """The settings with some of them changed by their flat names, those that they know."""
+    changed = {}
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if is_dataclass(value):  # a group: a name may stand in any of them
+            changed[entry.name] = with_values(value, values)
+        elif entry.name in values:
+            changed[entry.name] = values[entry.name]
+    return replace(settings, **changed)
+
+
+@cache  # made once for each group, not at every check
+def _adapter(group: type) -> TypeAdapter:
+    return TypeAdapter(group)
+
+
+def _validated(group: type, values: Any, where: str) -> Any:
+    """A group from plain values. Raises ValueError that names the first setting that cannot be."""
+    # As JSON and strictly: what would not survive config.json is refused on the command line too,
+    # and "5" or 5.0 is no whole number.
+    try:
+        return _adapter(group).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # the flag's own spelling
+        name = "-".join(str(first["loc"][0]).split("_")) if first["loc"] else "settings"
+        message = first["msg"].removeprefix("Input ").lower()
+        raise ValueError(f"{where}--{name} {first['input']!r:.60}: it {message}") from None
+
+
+def check_types(settings: Any, where: str = "") -> None:
+    """Every value against its declaration. Raises ValueError that names the first wrong one."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if is_dataclass(value):
+            check_types(value, where)
+    own = {f.name for f in fields(settings) if not is_dataclass(getattr(settings, f.name))}
+    values = {k: v for k, v in asdict(settings).items() if k in own}
+    _validated(type(settings), values, where)
+    if hasattr(settings, "check"):  # what must hold between the settings of a group
+        settings.check()
+
+
+def groups_of(method: type[Method]) -> dict[str, type]:
+    """The groups that a method brings along."""
+    return {"method": method.Settings, "model": method.Model, "play": method.Play}
+
+
+def _named(holder: dict, name: str, where: str, given: str | None, find: Callable) -> None:
+    """Check the family or method that a file of settings names; put the user's own path for it."""
+    value = holder.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is damaged: it names no {name}")
+    if given and Path(given).name != Path(value).name:  # a folder may have moved
+        raise ValueError(f"{where} is of --{name} {value}, not of {given}")
+    if not value.endswith(".py"):
+        try:
+            find(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    elif given:
+        holder[name] = given
+    else:
+        raise ValueError(f"{where} names the file {value}: name it yourself (--{name} {value})")
+
+
+def from_plain(plain: dict, where: str, **files: str | None) -> Config:
+    """A Config from what `dataclasses.asdict` made of it and JSON kept.
+
+    `files`: `env` and `backbone` as the user names them, needed where they are Python files: what
+    is read from disk never chooses code to run. Raises ValueError with one line.
+    """
+    other_version = f"{where} is damaged, or of another version: its"
+    if set(plain) != {f.name for f in fields(Config)}:
+        names = ", ".join(sorted(set(plain) ^ {f.name for f in fields(Config)}))
+        raise ValueError(f"{other_version} groups of settings ({names})")
+    if not isinstance(plain["data"], dict):
+        raise ValueError(f"{other_version} data settings")
+    plain = {**plain, "data": dict(plain["data"])}
+    _named(plain["data"], "env", where, files.get("env"), get_family)
+    _named(plain, "backbone", where, files.get("backbone"), get_method)
+    own = groups_of(get_method(plain["backbone"]))  # the method decides what its groups hold
+    made = {}
+    for entry in fields(Config):
+        value = plain[entry.name]
+        group = own.get(entry.name)
+        if is_dataclass(entry.default_factory):
+            group = entry.default_factory
+        if group is None:  # a plain value: checked with all the others at the end
+            made[entry.name] = value
+        # all settings and no others: a default that has changed since must not slip in
+        elif not isinstance(value, dict) or set(value) != {f.name for f in fields(group)}:
+            raise ValueError(f"{other_version} {entry.name} settings")
+        else:
+            made[entry.name] = _validated(group, value, f"{where}: ")
+    cfg = Config(**made)
+    check_types(cfg, f"{where}: ")
+    return cfg

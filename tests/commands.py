@@ -1,0 +1,117 @@
+"""commands.py: how tests run jobs and scripts, and look at the files that these leave."""
+
+import hashlib
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import collect
+from support import jobs
+from teachers import teachers
+
+ROOT = Path(collect.__file__).resolve().parent
+
+
+def flags(settings) -> list[str]:
+    """Settings, a dict or nested dataclasses, as a command line; None leaves a flag out."""
+    if is_dataclass(settings):
+        settings = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    line = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if is_dataclass(value):
+            line += flags(value)
+        elif isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", str(value)]
+    return line
+
+
+def changed(settings, **changes):
+    """Nested settings with some of their fields changed, each in the group that has it."""
+    groups = {}
+    for field in fields(settings):
+        group = getattr(settings, field.name)
+        own = [name for name in changes if name in {f.name for f in fields(group)}]
+        groups[field.name] = replace(group, **{name: changes.pop(name) for name in own})
+    assert not changes, changes
+    return replace(settings, **groups)
+
+
+def start(argv: list[str], *launcher: str, script: str = "train.py", **options) -> subprocess.Popen:
+    """A script as a process of its own."""
+    line = [sys.executable, *launcher, str(ROOT / script), *argv]
+    one = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=os.environ | one, **pipes, **options)
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a wrong command prints; beside it only progress, no traceback."""
+        assert self.code not in (0, None), self.out
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.err, self.err
+        return lines[0]
+
+
+def run(script: str, argv: list[str], monkeypatch, capsys) -> Ended:
+    """`python SCRIPT ARGV...` as the interpreter runs it, in this process."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *argv])
+    code, why = 0, ""
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code, why = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+    out, err = capsys.readouterr()
+    return Ended(code, out, err + why)
+
+
+@contextmanager
+def at_home():
+    """Jobs run in this process, one behind the other: no worker has to import everything first."""
+
+    def run_jobs(work, jobs, workers, cluster=None, watch=lambda: None):
+        return [work(job, lambda: None) for job in jobs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (collect, teachers, jobs):  # jobs: for scripts that `run` begins anew
+            patch.setattr(module, "run_jobs", run_jobs)
+        yield
+
+
+def readme_files() -> dict[str, str]:
+    """The python blocks of README.md that begin with a file's name, by that name."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    named = {re.match(r'"""(\w+\.py):', block): block for block in blocks}
+    return {name[1]: block for name, block in named.items() if name}
+
+
+def contents(folder) -> dict:
+    """Every file's bytes and time of change."""
+    return {
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }

@@ -1,0 +1,79 @@
+"""test_policies.py: what the policies of all methods share: the choice of an action, noise.
+
+Run: python -m pytest -q tests/test_policies.py
+"""
+
+import pytest
+import torch
+import toys
+from toys import GRID, PLANE, method
+
+from ad import ADBatch
+from config import Play
+from policies import check_play, choose
+from support.settings import check_types
+
+
+def test_choose_samples_the_softmax_or_takes_the_best():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]]).expand(40_000, 3)
+    taken = choose(logits, False, torch.Generator().manual_seed(0)).bincount(minlength=3) / 40_000
+    torch.testing.assert_close(taken, logits[0].softmax(-1), atol=0.01, rtol=0)
+    assert (choose(logits, True, torch.Generator()) == 1).all()
+    assert taken[2] == 0
+
+
+@pytest.mark.parametrize("layout", ["ad", "first", "last"])
+def test_a_first_episode_of_random_actions(layout):
+    """Every action equally often, whatever the model says; the second episode is the model's."""
+    tiny = method(layout, GRID, first="random", actions="greedy")
+    policy = tiny.policy(tiny.cfg.play)
+    policy.begin([], 3000)
+    logits = torch.tensor([[5.0, 0.0, 0.0]]).expand(3000, 3)
+    share = policy.action(logits).bincount(minlength=3) / 3000
+    assert (share - 1 / 3).abs().max() < 5 * (2 / 9 / 3000) ** 0.5
+    prompt = toys.draw(tiny.model, rows=3000, steps=3).prompt
+    policy.begin([prompt], 3000)
+    assert (policy.action(logits) == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["ad", "last"])
+@torch.no_grad()
+def test_noise_has_its_deviation_around_the_mean_action(layout):
+    """The network reads the actions that were played, noise included."""
+    tiny = toys.point_method(layout, noise=0.25)
+    tiny.model.head.weight.data *= 0.2  # mean actions mostly away from the walls
+    episodes, again = toys.play_points(tiny), toys.play_points(tiny)
+    assert all(torch.equal(a.actions, b.actions) for a, b in zip(episodes, again, strict=True))
+    first = toys.shown(episodes[0])
+    if layout == "ad":
+        mean = tiny.model(ADBatch(first, torch.arange(3))).action
+    else:
+        queries = first.states.split(1, 1)
+        actions = [tiny.model(toys.ask(toys.no_points(), query)).action for query in queries]
+        mean = torch.cat(actions, 1)
+    noise, inside = episodes[0].actions - mean, episodes[0].actions.abs() < 1
+    assert episodes[0].actions.abs().max() <= 1 and inside.float().mean() > 0.5
+    inner = noise[mean.abs() < 0.25]  # three deviations from the nearest wall
+    within = 4 / (2 * len(inner)) ** 0.5
+    assert len(inner) > 10 and inner.std().item() == pytest.approx(0.25, rel=within)
+    assert abs(inner.mean().item()) < 4 * 0.25 / len(inner) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "noise, named",
+    [
+        (-0.1, "--noise -0.1: it should be greater than or equal to 0"),
+        (float("nan"), "--noise nan"),
+        (float("inf"), "--noise inf"),
+        (0.1, "continuous actions"),
+    ],
+)
+def test_impossible_noise_is_refused(noise, named):
+    with pytest.raises(ValueError, match=named) as error:
+        check_types(Play(noise=noise))
+        check_play(Play(noise=noise), GRID)
+    assert "\n" not in str(error.value)
+    check_play(Play(noise=0.1), PLANE)
+    check_play(Play(noise=0.0), GRID)
+    with pytest.raises(ValueError, match="continuous actions"):  # also where a policy is made
+        method("ad", GRID).policy(method("ad", GRID, noise=0.1).cfg.play)
