@@ -19,6 +19,7 @@ configuration (presets.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -44,6 +45,7 @@ from support.command_line import (
     one_line,
     parse_config,
 )
+from support.files import only_writer
 from support.journal import Journal, Signals
 
 
@@ -173,8 +175,10 @@ def open_run(cfg: Config) -> tuple[Path, bool]:
     """
     folder = Path(cfg.run.run or default_folder(cfg))
     # an empty folder was perhaps made for this run; anything else in it must be a run
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return folder, False
+    if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
+        return folder, False  # a lock alone: it was stopped before it wrote anything
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} exists and is not a t2mir run: choose another --run")
     if not cfg.run.resume:
@@ -207,6 +211,18 @@ def run(cfg: Config) -> None:
     if cfg.training.init and not continued:  # refused now rather than after collecting
         checkpoint.load_weights(cfg.training.init, make_method(cfg, device))
     dataset = get_data(cfg)
+    # One writer a run, until it is evaluated: a second one would mix its rows with these.
+    with only_writer(folder) if chief else contextlib.nullcontext():
+        _, continued = open_run(cfg)  # again: another process may have begun it meanwhile
+        train_and_evaluate(cfg, device, dataset, folder, continued)
+    distributed.stop()
+
+
+def train_and_evaluate(
+    cfg: Config, device: torch.device, dataset: Dataset, folder: Path, continued: bool
+) -> None:
+    """From the first weights, or those of a checkpoint, to the curve. Exits where it is stopped."""
+    chief = distributed.rank() == 0
     method = make_method(cfg, device)
     # Held-out states are normalised by what training saw: a checkpoint keeps both.
     method.state_mean, method.state_std = dataset.state_mean, dataset.state_std
@@ -229,7 +245,6 @@ def run(cfg: Config) -> None:
     if chief:
         names = {"env": cfg.data.env, "backbone": cfg.backbone}
         evaluate_run(Evaluation(str(folder), device=str(device), play=cfg.play, **names))
-    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -457,6 +457,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(fit, few, tmp_path, monk
     assert written == [tmp_path / "run" / FILE] * 2
     assert checkpoint.read(tmp_path / "run")[1]["step"] == "2"
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
         FILE,
         "config.json",
         "train.csv",

@@ -5,6 +5,7 @@ Run: python -m pytest -q tests/test_methods.py
 """
 
 import copy
+import shutil
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ import toys
 from torch.testing import assert_close
 from toys import CAUSAL, EQ4, GRID, LAYOUTS, PLANE, draw, method
 
+import methods
 import train
 from ad import AD
 from dpt import DPT
@@ -36,6 +38,16 @@ def test_methods_are_found_by_name_and_by_file():
         assert issubclass(get_method(name), Method)
     own = get_method(FORK)
     assert own.__name__ == "BehaviourCloning" and get_method(FORK) is own
+
+
+def test_a_file_of_baselines_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "baselines").mkdir()
+    shutil.copy(FORK, tmp_path / "baselines" / "mine.py")
+    monkeypatch.setattr(methods, "HERE", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert names() == ["ad", "dpt", "mine"]
+    cfg = preset_config("cpu", "darkroom", "mine")
+    assert get_method("mine").__name__ == "BehaviourCloning" and flat(cfg)["smoothing"] == 0
 
 
 ONE = "from methods import Method\nclass Mine(Method):\n    pass\n"

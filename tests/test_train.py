@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from commands import start
+from commands import contents, start
 from tiny import command, differing, rows, tensors, trainer
 
 import train
@@ -19,6 +19,7 @@ from envs import get_family
 from methods import get_method
 from support import checkpoint
 from support.command_line import parse_config
+from support.files import only_writer
 from support.journal import Log
 
 # fmt: off
@@ -176,6 +177,20 @@ def test_a_step_that_is_not_finite_changes_no_weight(tiny_config, paper_data, mo
     monkeypatch.undo()
     logged = train.training_step(method, batch)
     assert {"loss", "imitation", "balance", "contrastive", "grad_norm"} <= set(logged)
+
+
+def test_a_run_has_one_writer(fit, tmp_path):
+    """A second process is told so, also when it came before the first had written anything."""
+    refused = pytest.raises(SystemExit, match=r"error: another process is writing .*run")
+    with only_writer(tmp_path / "run"), refused:
+        fit(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    fit(tmp_path / "run")  # an empty folder with a lock that nobody holds is nobody's run
+    with only_writer(tmp_path / "run"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(SystemExit, match=r"error: another process is writing .*run"):
+            fit(tmp_path / "run", resume=True, steps=3)
+        assert contents(tmp_path / "run") == before
 
 
 def test_tensorboard_has_the_rows_of_train_csv(fit, tmp_path, monkeypatch):
