@@ -149,7 +149,7 @@ class AD(Method):
     @classmethod
     def check(cls, cfg: Config, family: Family) -> None:
         check_play(cfg.play, family)
-        cfg.model.check_draws(cfg.training.draws)
+        cfg.model.check_batch(cfg.training)
 
 
 # ------------------------------------------------------------------------------------ Algorithm 2

@@ -18,9 +18,15 @@ Tasks are independent: they run in `--workers` processes or, with `--cluster`, o
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -33,7 +39,15 @@ from config import Collection, Teachers
 from data import FORMAT, file_hash, load_part, part_name, read_meta
 from envs import get_family, split_tasks
 from support.distributed import resolve_device
-from support.files import need_space, only_writer, progress, save_arrays, write_atomically
+from support.files import (
+    Damaged,
+    need_space,
+    only_writer,
+    progress,
+    save_arrays,
+    save_json,
+    set_aside,
+)
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import check_types
 from teachers.ppo import PPOConfig
@@ -46,22 +60,20 @@ from teachers.teachers import TrainedTeachers, algorithm, describe, train_teache
 def collect(cfg: Collection, quiet: bool = False) -> Path:
     """D_train and D_train^q: write the dataset folder of `cfg`, or finish a stopped one.
 
-    Parts that exist are kept as they are, if they are whole; meta.json is written last, so that
-    a folder that has one is complete. Returns the folder. Raises ValueError with one line for
-    bad settings, a damaged part, a full disk, or a folder that another process is writing.
+    Parts that are whole are kept as they are; one that is missing or damaged is made anew, alone.
+    meta.json is written last, so that a folder that has one is complete. Returns the folder. Raises
+    ValueError with one line for bad settings, a full disk, or a folder that another process is
+    writing or that holds something else.
     """
     check(cfg)
     folder, meta = dataset_folder(cfg), describe_dataset(cfg)
-    tasks = range(len(meta["train_tasks"]))
-    paths = [folder / part_name(i) for i in tasks]
-    hashes = known_hashes(folder, meta)
-    if all(hashes) and all(path.exists() for path in paths):
-        return folder  # loading it checks it
+    if is_whole(folder, meta):
+        return folder
     need_space(folder, disk_space(cfg, meta))  # now rather than after hours of training teachers
-
     with only_writer(folder):  # two commands at once would mix their parts
-        # what a stopped run has left is checked first: damage shows before the work
-        parts = {i: read_part(folder, i, meta, hashes[i]) for i in tasks if paths[i].exists()}
+        tasks = range(len(meta["train_tasks"]))
+        paths = [folder / part_name(i) for i in tasks]
+        make_room(folder, meta)
 
         # lines 1-5: for each task M_i its dataset D_i, and the labelled queries D_i^q
         trained_by = teacher_algorithm(cfg)
@@ -71,12 +83,12 @@ def collect(cfg: Collection, quiet: bool = False) -> Path:
             meta |= follow_teachers(cfg, meta, paths, quiet)
 
         # line 6: all of them together, with the checksums of the parts
-        parts |= {i: read_part(folder, i, meta, hashes[i]) for i in tasks if i not in parts}
-        meta["sha256"] = [parts[i][0] for i in tasks]
-        returns = np.array([parts[i][1] for i in tasks])  # (N, E)
+        meta["sha256"] = [file_hash(path) for path in paths]
+        family = get_family(cfg.data.env)
+        returns = np.stack([load_part(folder, i, meta, family)["rewards"].sum(-1) for i in tasks])
         if trained_by is not None:
-            meta["maximum"] = maximum(meta["reference"]["train"], returns)
-        write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+            meta["maximum"] = maximum(meta["reference"]["train"], returns)  # returns: (N, E)
+        save_json(folder / "meta.json", meta)
     if not quiet:
         print(summary(folder, meta, returns))
     return folder
@@ -125,18 +137,32 @@ def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: b
 
 
 # --------------------------------------------------------------- what is there, and how it is named
-def known_hashes(folder: Path, meta: dict) -> list[str | None]:
-    """Checksums of a dataset that was complete once; None for each part of another.
+def is_whole(folder: Path, meta: dict) -> bool:
+    """Whether the dataset is finished, and every part of it as it was written.
 
     Raises ValueError when the folder holds other settings or tasks.
     """
-    count = len(meta["train_tasks"])
+    try:
+        hashes = known_hashes(folder, meta)
+    except Damaged:
+        return False
+    paths = [folder / part_name(i) for i in range(len(hashes))]
+    return all(
+        sha256 and path.is_file() and file_hash(path) == sha256
+        for sha256, path in zip(hashes, paths, strict=True)
+    )
+
+
+def known_hashes(folder: Path, meta: dict) -> list[str | None]:
+    """Checksums of a dataset that was complete once; None for each part of another.
+
+    Raises ValueError when the folder holds other settings or tasks, Damaged for a damaged file.
+    """
     if not (folder / "meta.json").exists():
-        return [None] * count
-    kept = read_meta(folder)
+        return [None] * len(meta["train_tasks"])
+    kept = read_meta(folder, meta["env"])
     # only what is known before collecting: reference returns and checksums come later
-    other = any(kept.get(name) != value for name, value in meta.items())
-    if other or len(kept.get("sha256", ())) != count:
+    if any(kept.get(name) != value for name, value in meta.items()):
         raise ValueError(
             f"{folder} holds a dataset of other settings or tasks; "
             "use another --datasets or remove it"
@@ -144,11 +170,29 @@ def known_hashes(folder: Path, meta: dict) -> list[str | None]:
     return kept["sha256"]
 
 
-def read_part(folder: Path, task: int, meta: dict, sha256: str | None) -> tuple[str, np.ndarray]:
-    """Checksum and returns (E,) of a part that is there. Raises ValueError if it is damaged."""
-    sha256 = sha256 or file_hash(folder / part_name(task))
-    part = load_part(folder, task, {**meta, "sha256": {task: sha256}}, get_family(meta["env"]))
-    return sha256, part["rewards"].sum(-1)
+def make_room(folder: Path, meta: dict) -> None:
+    """Name what is damaged in the folder and set it aside, so that it is made anew."""
+    try:
+        hashes = known_hashes(folder, meta)
+    except Damaged as error:  # the parts have checksums of their own: they may well be whole
+        give_way(folder / "meta.json", error)
+        hashes = known_hashes(folder, meta)
+    for i, sha256 in enumerate(hashes):
+        path = folder / part_name(i)
+        if not path.exists():
+            continue
+        # Of a stopped collection no checksum is known yet but the archive's own.
+        known = sha256 or (file_hash(path) if path.is_file() else "")
+        try:
+            load_part(folder, i, {**meta, "sha256": {i: known}}, get_family(meta["env"]))
+        except Damaged as error:
+            give_way(path, error)
+
+
+def give_way(path: Path, error: Damaged) -> None:
+    """Set a damaged file aside, and say so."""
+    reason = str(error).split("; ")[0]
+    print(f"{reason}: it is made anew; the old one is {set_aside(path).name}", file=sys.stderr)
 
 
 def split_of(cfg: Collection) -> tuple[list, list]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AllowInfNan
+from pydantic import AfterValidator, AllowInfNan
 
 # What a setting may be. The bounds are part of the type, so that flags and files are checked alike.
 Count = Annotated[int, Ge(1), Le(10**12)]  # far below what an int64 of numpy or torch holds
@@ -29,13 +29,25 @@ CountOrZero = Annotated[int, Ge(0), Le(10**12)]
 # Of a network: far above any use, so that a mistyped size is refused before memory runs out.
 Few = Annotated[int, Ge(1), Le(1000)]
 Units = Annotated[int, Ge(1), Le(10**5)]
+Number = Annotated[int, Ge(0), Le(10**5)]  # of tasks, of units
+Rows = Annotated[int, Ge(1), Le(10**7)]  # of anything that is in memory at once
+Threads = Annotated[int, Ge(0), Le(1024)]  # thousands end in a crash of the thread library
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Finite = AllowInfNan(False)  # a bound does not keep infinity out, nor may NaN train
 Positive = Annotated[float, Finite, Gt(0)]
 NotNegative = Annotated[float, Finite, Ge(0)]
 Share = Annotated[float, Finite, Ge(0), Le(1)]
 BelowOne = Annotated[float, Finite, Ge(0), Lt(1)]  # dropout 1 divides by 0, beta 1 never moves
-Text = Annotated[str, MinLen(1)]  # an empty folder name would be the present folder
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be of printable characters")
+    return text
+
+
+# An empty folder name would be the present folder; control characters would break a line in two.
+Text = Annotated[str, MinLen(1), AfterValidator(_printable)]
 
 Quality = Literal["mixed", "medium-expert", "medium"]
 Recipe = Literal["paper", "explore", "wander"]
@@ -54,13 +66,13 @@ class Data:
     """Which stages of the teachers' training make the data (App. D.2)."""
     recipe: Recipe = "paper"
     """paper: App. D.2. explore, wander: also behaviour that does not know the task (Sec. 3.1)."""
-    data_episodes: Annotated[int, Ge(5), Le(10**9)] = 200
+    data_episodes: Annotated[int, Ge(5), Le(10**7)] = 200
     """Episodes of each training task, D_i."""
-    data_queries: Count = 1000
+    data_queries: Rows = 1000
     """Labelled query states of each training task, D_i^q (Algorithm 3; DPT alone reads them)."""
-    train_tasks: CountOrZero = 0
+    train_tasks: Number = 0
     """Training tasks; 0: the paper's number (App. D.1)."""
-    test_tasks: CountOrZero = 0
+    test_tasks: Number = 0
     """Held-out tasks; 0: the paper's number (App. D.1)."""
     task_seed: Seed = 56  # the first whose held-out DarkRoom goals have the paper's optimum, 90.9
     """Seed of the split into training and held-out tasks."""
@@ -82,9 +94,9 @@ class Teachers:
     """Steps between its checkpoints (save frequency; PPO's are rounded up to whole rollouts)."""
     teacher_warmup: CountOrZero = 0
     """SAC: first steps, random and without updates (warmup steps)."""
-    teacher_hidden: CountOrZero = 0
+    teacher_hidden: Number = 0
     """SAC: hidden units of a layer (official)."""
-    teacher_batch: CountOrZero = 0
+    teacher_batch: Number = 0
     """Rows of an update (SAC: official; PPO: batch_size)."""
     teacher_lr: NotNegative = 0.0
     """Their learning rate."""
@@ -92,7 +104,7 @@ class Teachers:
     """SAC: entropy ratio, the weight of a policy's entropy beside its reward."""
     teacher_seed: Seed = 0
     """Seed of the teachers' training."""
-    teacher_group: Count = 10
+    teacher_group: Rows = 10
     """SAC: tasks trained in one stack."""
 
 
@@ -100,7 +112,7 @@ class Teachers:
 class Work:
     """where data are collected; nothing of this changes them, but for rounding on another device"""
 
-    workers: CountOrZero = 0
+    workers: Threads = 0
     """Local processes that collect; 0: one a core."""
     cluster: Text | None = None
     """Address of a Ray cluster that collects instead (auto, local, host:port)."""
@@ -127,11 +139,11 @@ class Training:
     """Start from the weights of this run (short prompts first, then long ones)."""
     steps: Count = 300_000
     """Training steps (Tables 4, 5)."""
-    batch: Count = 32
+    batch: Rows = 32
     """B, prompts a step on each process (Algorithms 1, 3)."""
-    draws: Count = 2
+    draws: Rows = 2
     """Independent prompts of each task in a batch (Algorithms 1, 3: query and key)."""
-    prompt_length: Count = 100
+    prompt_length: Rows = 100
     """Steps of a prompt, a multiple of the episode (Tables 4, 5)."""
     lr: Positive = 3e-4
     """Learning rate at its highest (Tables 4, 5)."""
@@ -185,7 +197,7 @@ class Run:
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     compile: bool = False
     """torch.compile the model."""
-    threads: CountOrZero = 0
+    threads: Threads = 0
     """CPU threads of each process; 0: all cores, shared by the processes."""
     tensorboard: bool = False
     """Also write TensorBoard events, into the run's folder."""

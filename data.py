@@ -5,8 +5,8 @@ Read after collect.py; `Prompt` and `Dataset` are enough for models.py. ad.py an
 batches with what stands at the end.
 
 A dataset folder holds `meta.json` (format version, environment, settings, tasks, sha256 of every
-part) and one `task-000.npz` for each training task: plain arrays, no pickles. meta.json is written
-last, so that a folder that has one is complete; loading checks all of it.
+part, and a checksum of itself) and one `task-000.npz` for each training task: plain arrays, no
+pickles. meta.json is written last, so that a folder that has one is complete; loading checks all.
 
 Symbols (paper -> here): D_i -> one task of `Dataset`; D_i^q -> its query_states and query_actions;
 tau -> `Prompt`. Differs from the paper: nothing; it is silent on how states are scaled (below: to
@@ -19,18 +19,21 @@ are int64 ids without a trailing axis, continuous ones float32 with a trailing d
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
-from envs import Family, get_family
+from config import Count, Data, Finite, Teachers, Text
+from envs import Family, check_split, get_family
+from support.checked import validated
+from support.files import Damaged, Wanted, load_arrays, load_json
 
-FORMAT = 2  # of the dataset folder; raised when its meaning changes
+FORMAT = 3  # of the dataset folder; raised when its meaning changes
 ARRAYS = ("states", "actions", "rewards", "query_states", "query_actions")
 
 
@@ -88,6 +91,28 @@ def normalise(states: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- loading
+Returns = list[Annotated[float, Finite]]  # of each task
+# What random actions and the teachers return, by split: what an evaluation is compared with.
+Reference = dict[Literal["train", "test"], dict[Literal["random", "teacher", "highest"], Returns]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What meta.json must say, and may, beside the settings of config.Data and config.Teachers."""
+
+    env: Text
+    data_episodes: Count  # E
+    data_queries: Count  # M
+    train_tasks: Annotated[list[Any], MinLen(1)]
+    test_tasks: list[Any]
+    sha256: Annotated[list[Annotated[str, MinLen(64)]], MinLen(1)]  # of each part
+    horizon: Count | None = None  # T
+    reference: Reference | None = None
+    behaviour: list[list[Count]] | None = None  # of each task: the checkpoints that played it
+    best_level: Returns | None = None  # of each task (teachers/teachers.py)
+    maximum: Returns | None = None
+
+
 def part_name(task: int) -> str:
     return f"task-{task:03d}.npz"
 
@@ -96,93 +121,89 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_meta(folder: str | Path) -> dict:
-    """meta.json of a dataset folder. Raises ValueError for a missing or foreign one."""
+def read_meta(folder: str | Path, env: str | None = None) -> dict:
+    """meta.json of a dataset folder, every entry checked. `env`: the family that it must be of,
+    needed where that is a Python file: what is read from disk never chooses code to run.
+
+    Raises ValueError with one line for a missing or foreign one, Damaged for a damaged one.
+    """
     path = Path(folder) / "meta.json"
+    if not path.exists():
+        raise ValueError(f"no dataset in {folder}: it has no {path.name}")
     try:
-        meta = json.loads(path.read_text())  # RecursionError: brackets a hundred thousand deep
-    except OSError as error:
-        raise ValueError(f"no dataset in {folder}: {path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete that folder to collect it anew"
-        ) from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        other = f" but {meta['format']}" if isinstance(meta, dict) and "format" in meta else ""
-        raise ValueError(
-            f"{path} is not a t2mir dataset of format {FORMAT}{other}; "
-            "delete that folder to collect it anew"
-        )
+        meta = load_json(path, "t2mir dataset", FORMAT)
+    except Damaged as error:
+        raise Damaged(f"{error}; collect.py with the same settings redoes it") from None
+    except ValueError as error:  # of another version
+        raise ValueError(f"{error}; remove that folder to collect it anew") from None
+    where, named = f"{path}: ", meta.get("env")
+    # --data may name any folder: of another family it could have the same shapes
+    if env is not None and named != env:
+        raise ValueError(f"{folder} holds data of '{named}', not of '{env}'")
+    if env is None and str(named).endswith(".py"):
+        raise ValueError(f"{folder} holds data of {named}: name that file yourself (--env)")
+    facts = validated(Facts, {k: v for k, v in meta.items() if k in Facts.__annotations__}, where)
+    for group in (Data, Teachers):  # by the declarations of the command line
+        names = group.__annotations__.keys() - Facts.__annotations__.keys()
+        settings = asdict(group()) | {k: v for k, v in meta.items() if k in names}
+        validated(group, settings, where, flags=True)
+    family = get_family(facts.env)
+    check_split(facts.env, facts.train_tasks, facts.test_tasks, str(path))
+    if facts.horizon not in (None, family.horizon):
+        raise ValueError(f"{where}horizon {facts.horizon} is not {family.name}'s {family.horizon}")
+    tasks = {"train": len(facts.train_tasks), "test": len(facts.test_tasks)}
+    if len(facts.sha256) != tasks["train"]:
+        raise ValueError(f"{where}{len(facts.sha256)} checksums for {tasks['train']} tasks")
+    check_reference(facts.reference, tasks, where)
     return meta
 
 
-def part_shapes(meta: dict, family: Family) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of one task."""
+def check_reference(reference: Reference | None, tasks: dict, where: str) -> None:
+    """Raises ValueError with one line unless there is one return a task, of no task or of all."""
+    for split, columns in (reference or {}).items():
+        for name, returns in columns.items():
+            if len(returns) != tasks[split]:
+                place = f"reference.{split}.{name}"
+                raise ValueError(f"{where}{place} has {len(returns)} of {tasks[split]} returns")
+
+
+def arrays_of(meta: dict, family: Family) -> Wanted:
+    """The shape of each array of one task, and the kinds of numbers that it may hold."""
     episodes, queries, steps = meta["data_episodes"], meta["data_queries"], family.horizon
     action = () if family.discrete_actions else (family.action_dim,)
-    return {
+    shapes = {
         "states": (episodes, steps, family.state_dim),
         "actions": (episodes, steps, *action),
         "rewards": (episodes, steps),
         "query_states": (queries, family.state_dim),
         "query_actions": (queries, *action),
     }
-
-
-def stored_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array of an npz file, from the headers: nothing is unpacked, so that a
-    small file that would fill the memory is refused before it does.
-    """
-    shapes = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0
-                if version != (1, 0):  # longer headers, which other programs may write
-                    read = np.lib.format.read_array_header_2_0
-                shape, _, kind = read(file)
-                shapes[name.removesuffix(".npy")] = (shape, kind)
-    return shapes
+    # ids are whole numbers: unsigned, integer; all others may also be floating
+    return {
+        name: (shape, "uif" if id_limits(name, family) is None else "ui")
+        for name, shape in shapes.items()
+    }
 
 
 def load_part(folder: Path, task: int, meta: dict, family: Family) -> dict[str, np.ndarray]:
     """The arrays of one task, checked: bytes, names, shapes, types, finite values, ids in range.
 
-    Raises ValueError with one line that names the file and says how to redo it.
+    Raises Damaged with one line that names the file and says how to redo it.
     """
     path = folder / part_name(task)
-    again = "delete that file and run collect.py with the same settings to redo it alone"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing; run collect.py with the same settings to redo it alone"
-        )
-    if file_hash(path) != meta["sha256"][task]:  # a bit that has flipped would train silently
-        raise ValueError(f"{path} is damaged (its checksum differs from meta.json); {again}")
-    wanted = part_shapes(meta, family)
     try:
-        stored = {name: stored_shapes(path)[name] for name in ARRAYS}
-    except Exception as error:  # whatever numpy and zipfile make of damage
-        raise ValueError(f"{path} is not a whole part ({error!r}); {again}") from None
-    for name, (shape, kind) in stored.items():  # all that headers tell, before memory is taken
-        ids = id_limits(name, family) is not None
-        if shape != wanted[name]:
-            raise ValueError(f"{path}: {name} has shape {shape}, not {wanted[name]}; {again}")
-        if kind.kind not in ("ui" if ids else "uif"):  # unsigned, integer, float
-            numbers = "whole numbers" if ids else "numbers"
-            raise ValueError(f"{path}: {name} has type {kind}, not {numbers}; {again}")
-    try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle could run code
-            part = {name: file[name] for name in ARRAYS}
-    except Exception as error:
-        raise ValueError(f"{path} is not a whole part ({error!r}); {again}") from None
-    for name, array in part.items():
-        if not np.isfinite(array).all():  # one NaN in a batch ends a training
-            raise ValueError(f"{path}: {name} holds values that are not finite; {again}")
-        limits = id_limits(name, family)
-        # an id beyond a table would crash far from here; a negative one would be read from its end
-        if limits is not None and ((array < 0) | (array >= limits)).any():
-            raise ValueError(f"{path}: {name} holds ids outside the environment's range; {again}")
+        # a bit that has flipped would train silently
+        if path.is_file() and file_hash(path) != meta["sha256"][task]:
+            raise Damaged(f"{path} is damaged (its checksum differs from meta.json)")
+        part = load_arrays(path, arrays_of(meta, family))
+        for name, array in part.items():
+            limits = id_limits(name, family)
+            # an id beyond a table would crash far from here; a negative one would be read from its
+            # end
+            if limits is not None and ((array < 0) | (array >= limits)).any():
+                raise Damaged(f"{path}: {name} holds ids outside the environment's range")
+    except Damaged as error:
+        raise Damaged(f"{error}; collect.py with the same settings redoes it alone") from None
     return part
 
 
@@ -198,20 +219,9 @@ def id_limits(name: str, family: Family) -> np.ndarray | int | None:
 def load_dataset(folder: str | Path, env: str | None = None) -> Dataset:
     """Read and check a dataset folder. Raises ValueError with one line that says what to do."""
     folder = Path(folder)
-    meta = read_meta(folder)
-    # --data may name any folder: of another family it could have the same shapes
-    if env is not None and meta.get("env") != env:
-        raise ValueError(f"{folder} holds data of '{meta.get('env')}', not of '{env}'")
-    if env is None and str(meta.get("env")).endswith(".py"):
-        # what is read from disk must not choose which file is run
-        raise ValueError(f"{folder} holds data of {meta['env']}: name that file yourself (--env)")
-    try:
-        family = get_family(meta["env"])
-        parts = [load_part(folder, i, meta, family) for i in range(len(meta["train_tasks"]))]
-    except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"{folder}/meta.json lacks {error}; delete that folder to collect it anew"
-        ) from None
+    meta = read_meta(folder, env)
+    family = get_family(meta["env"])
+    parts = [load_part(folder, i, meta, family) for i in range(len(meta["train_tasks"]))]
     # one array over all tasks: a batch is then one fancy index, without a loop
     stacked = {name: np.stack([part[name] for part in parts]) for name in ARRAYS}
     rewards = torch.from_numpy(stacked["rewards"]).float()  # (N, E, T)

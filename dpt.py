@@ -39,7 +39,7 @@ from torch import Tensor
 
 import diagnostics
 from ad import eq10_imitation_loss
-from config import Config, Count, Play, Share
+from config import Config, Play, Rows, Share
 from data import Dataset, Prompt, draw_episodes, draw_tasks, gather_prompt, model_dtype
 from envs import Family
 from methods import Method
@@ -68,7 +68,7 @@ class DPTSettings:
 
     query_position: Literal["first", "last"] = "first"
     """Where the query stands; first is the paper's, last lets the prompt be cached."""
-    queries: Count = 1
+    queries: Rows = 1
     """With the query last: labelled states a prompt."""
     short: Share = 0.0
     """With the query last: share of queries that see a random part of the prompt."""
@@ -235,7 +235,7 @@ class DPT(Method):
     @classmethod
     def check(cls, cfg: Config, family: Family) -> None:
         check_play(cfg.play, family)
-        cfg.model.check_draws(cfg.training.draws)
+        cfg.model.check_batch(cfg.training, cfg.method.queries)
         settings, model = cfg.method, cfg.model
         last = settings.query_position == "last"
         if settings.queries > 1 and not last:

@@ -16,17 +16,18 @@ Shape legend: N tasks, ds/da = state_dim/action_dim.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import gymnasium as gym
 import numpy as np
+from annotated_types import MinLen
 
-from support.user_file import run_file
+from support.checked import read_json, validated
+from support.user_file import run_file, users_error
 
 # Families are imported when they are asked for: no simulator loads unless it is played.
 FAMILIES = {
@@ -177,9 +178,12 @@ def make_batch(env: str, tasks, seed: int = 0) -> Batch:
 def _try_batch(env: str) -> None:
     """Plays a user's family for a step: a wrong shape shows here, not hours later in a network."""
     family = get_family(env)
-    batch = family.batch(sample_tasks(env, 1, np.random.default_rng(0)), 0)
-    start = batch.reset()
-    following, rewards = batch.step(_random_actions(family, 1, np.random.default_rng(0)))
+    try:
+        batch = family.batch(sample_tasks(env, 1, np.random.default_rng(0)), 0)
+        start = batch.reset()
+        following, rewards = batch.step(_random_actions(family, 1, np.random.default_rng(0)))
+    except Exception as error:  # whatever a user's own code raises
+        raise users_error(env, "env", error) from error
     state = (1, family.state_dim), np.int64 if family.state_values else np.float32
     for name, array, (shape, kind) in (
         ("reset's states", start, state),
@@ -259,8 +263,13 @@ def check_tasks(env: str, tasks) -> list:
 def sample_tasks(env: str, count: int, rng: np.random.Generator) -> list:
     """`count` tasks of the family's distribution (App. D.1), rounded to 4 decimals."""
     family = get_family(env)
-    tasks = np.asarray(family.sample_tasks(count, rng))
-    if tasks.size != count * family.task_numbers:
+    try:
+        tasks = np.asarray(family.sample_tasks(count, rng))
+    except Exception as error:
+        if env.endswith(".py"):  # whatever a user's own code raises
+            raise users_error(env, "env", error) from error
+        raise
+    if tasks.size != count * family.task_numbers or tasks.dtype.kind not in "uif":
         raise ValueError(
             f"sample_tasks of {env} must give {(count, family.task_numbers)} numbers for {count} "
             f"tasks, not {tasks.shape}"
@@ -295,31 +304,49 @@ def _sampled_split(env: str, seed: int, train: int, test: int) -> tuple[list, li
     rng = np.random.default_rng([seed, 1])
     held_out = sample_tasks(env, test, rng)
     # Rounded numbers can meet: what is trained on is not held out, and is drawn again.
-    while both := [i for i, task in enumerate(held_out) if task in trained]:
+    for _ in range(1000):
+        both = [i for i, task in enumerate(held_out) if task in trained]
+        if not both:
+            return trained, held_out
         again = sample_tasks(env, test, rng)
         for i in both:
             held_out[i] = again[i]
-    return trained, held_out
+    raise ValueError(f"{env} has too few different tasks to hold out {test} of them")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """What a JSON file of tasks holds."""
+
+    train: Annotated[list[Any], MinLen(1)]
+    test: Annotated[list[Any], MinLen(1)]
 
 
 def _tasks_of_file(env: str, file: str | Path) -> tuple[list, list]:
-    try:
-        lists = json.loads(Path(file).read_text())
-        train, test = check_tasks(env, lists["train"]), check_tasks(env, lists["test"])
-    except OSError as error:
-        raise ValueError(f"cannot read the task file {file}: {error.strerror}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        form = '{"train": [...], "test": [...]}'
-        raise ValueError(f"{file} must hold {form} ({error!r})") from None
-    for name, tasks in (("train", train), ("test", test)):
-        if not tasks:
-            raise ValueError(f"{file} names no {name} tasks")
-        twice = [task for i, task in enumerate(tasks) if task in tasks[:i]]
-        if twice:
+    content = read_json(Path(file))
+    form = '{"train": [...], "test": [...]}'
+    if not isinstance(content, dict) or not {"train", "test"} <= set(content):
+        raise ValueError(f"{file} must hold {form}")
+    lists = validated(TaskFile, content, f"{file} must hold {form}: ")
+    train, test = check_split(env, lists.train, lists.test, str(file))
+    for tasks in (train, test):
+        if twice := [task for i, task in enumerate(tasks) if task in tasks[:i]]:
             raise ValueError(f"{file} names {twice[0]} twice")
-    both = [task for task in test if task in train]
-    if both:
-        raise ValueError(f"{file} holds out {both[0]}, which is also a training task")
+    return train, test
+
+
+def check_split(env: str, train: list, test: list, where: str) -> tuple[list, list]:
+    """Training and held-out tasks as `check_tasks` gives them.
+
+    Raises ValueError, with one line that begins with `where`, for a task that does not fit, and for
+    one that is held out and trained on.
+    """
+    try:
+        train, test = check_tasks(env, train), check_tasks(env, test)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if both := set(map(tuple, test)) & set(map(tuple, train)):
+        raise ValueError(f"{where} holds out {list(min(both))}, which is also a training task")
     return train, test
 
 

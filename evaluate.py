@@ -18,7 +18,13 @@ rows know nothing of one another.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
 import csv
+import io
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -29,7 +35,7 @@ import numpy as np
 import torch
 import tyro
 
-from config import Config, Count, Text
+from config import Config, Rows, Text
 from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
 from figures import draw_curve
@@ -38,7 +44,13 @@ from policies import Policy
 from support import checkpoint
 from support.command_line import one_line, parse_evaluation
 from support.distributed import resolve_device
-from support.files import progress, write_atomically
+from support.files import (
+    need_memory,
+    only_writer,
+    progress,
+    remove_left_behind,
+    write_atomically,
+)
 from support.settings import flat
 
 
@@ -90,7 +102,7 @@ class Evaluation:
 
     folder: tyro.conf.Positional[Text]
     """A run's folder, runs/..."""
-    repeats: Count = 1
+    repeats: Rows = 1
     """Play every task this often, independently."""
     split: Literal["test", "train"] = "test"
     """Held-out tasks, or those trained on."""
@@ -125,7 +137,9 @@ def evaluate_run(cfg: Evaluation) -> dict:
     # weights, normalisation and settings, as training left them
     method, header = checkpoint.load_method(folder, resolve_device(cfg.device), **files)
     policy = method.policy(cfg.play)  # refuses settings that cannot be
-    tasks = checkpoint.read_tasks(folder, method.cfg.data.env)[cfg.split]
+    split = checkpoint.read_tasks(folder, method.cfg.data.env)
+    tasks = split.test if cfg.split == "test" else split.train
+    reference = (split.reference or {}).get(cfg.split, {})
     name = f"{cfg.split}-{variant(method, cfg)}"
     if cfg.results is None:
         target, summary = folder, folder.parent / "summary.csv"
@@ -133,11 +147,19 @@ def evaluate_run(cfg: Evaluation) -> dict:
         target, summary = Path(cfg.results), Path(cfg.results) / "summary.csv"
         name = f"{folder.resolve().name}-{name}"  # many runs share such a folder
     check_summary(summary)  # before the work: minutes would be lost
-    returns = play_all(method, policy, tasks, cfg)
-    write_csv(target / f"{name}.csv", tasks * cfg.repeats, returns)
-    draw(target / f"{name}.png", method, policy, cfg, returns)
+    family, plays = method.family, len(tasks) * cfg.repeats
+    numbers = plays * cfg.play.episodes * family.horizon * (family.state_dim + 2)
+    need_memory(f"{cfg.play.episodes} episodes of {plays} tasks", 4 * numbers)
+    returns = play_all(method, policy, tasks, reference, cfg)
     row = summary_row(method.cfg, header, cfg, returns)
-    append_summary(summary, row)  # last: a row promises that its curve is there
+    # Evaluations share summary.csv, and the run's folder with its training: they wait for one
+    # another, not for that.
+    with only_writer(summary.parent, seconds=60, lock=".summary.lock"):
+        for kind in ("csv", "png"):
+            remove_left_behind(target, f"{name}.{kind}")
+        write_csv(target / f"{name}.csv", tasks * cfg.repeats, returns)
+        draw(target / f"{name}.png", method, policy, cfg, returns)
+        append_summary(summary, row)  # last: a row promises that its curve is there
     print_table(row, returns)
     print(in_words(method, row, returns))
     print(f"curve: {target / name}.png   returns: {target / name}.csv   summary: {summary}")
@@ -155,7 +177,9 @@ def variant(method: Method, cfg: Evaluation) -> str:
     return "-".join(parts + ["random-first"] * (settings.first == "random"))
 
 
-def play_all(method: Method, policy: Policy, tasks: list, cfg: Evaluation) -> Returns:
+def play_all(
+    method: Method, policy: Policy, tasks: list, reference: dict, cfg: Evaluation
+) -> Returns:
     """The run's policy, and what its returns are to be compared with."""
     env, family, settings = method.cfg.data.env, method.family, cfg.play
     episodes, seed = settings.episodes, settings.play_seed
@@ -167,12 +191,11 @@ def play_all(method: Method, policy: Policy, tasks: list, cfg: Evaluation) -> Re
 
     # A return means something between two others: that of random actions and the best there is.
     # Where the data were made by trained teachers, both were measured when they were collected.
-    reference = checkpoint.read_reference(cfg.folder, cfg.split)
-    floor = reference["random"] if reference else random_returns(env, tasks)
+    floor = reference.get("random") or random_returns(env, tasks)
     optimum = optimal_returns(env, tasks)  # in closed form; None where nobody knows it
     lines = {
         "optimum": None if optimum is None else float(np.mean(optimum)),
-        "teacher": float(np.mean(reference["teacher"])) if reference else None,
+        "teacher": float(np.mean(reference["teacher"])) if "teacher" in reference else None,
         # Table 1 is of Mixed data; it knows no ablations and no families of the user's
         "paper": family.paper_return.get(method.label)
         if method.cfg.data.quality == "mixed"
@@ -199,7 +222,7 @@ SUMMARY = (
 LAST = 5  # episodes whose mean is "last": of one episode alone, a few goals decide
 
 
-def summary_row(run: Config, header: dict[str, str], cfg: Evaluation, returns: Returns) -> dict:
+def summary_row(run: Config, header: checkpoint.Header, cfg: Evaluation, returns: Returns) -> dict:
     """A row of summary.csv; results/README.md explains the columns."""
 
     def number(value: float | None) -> str:
@@ -213,8 +236,8 @@ def summary_row(run: Config, header: dict[str, str], cfg: Evaluation, returns: R
     return (
         {name: settings.get(name, "") for name in names}
         | {
-            "steps": header["step"],
-            "train_seconds": f"{float(header['seconds']):.0f}",
+            "steps": str(header.step),
+            "train_seconds": f"{header.seconds:.0f}",
             "episodes": cfg.play.episodes,
             "first_return": number(curve[0]),
             "last_return": number(curve[-LAST:].mean()),
@@ -262,20 +285,23 @@ def write_csv(path: Path, tasks: list, returns: Returns) -> None:
 
 def check_summary(path: Path) -> bool:
     """Whether there is one already. Raises ValueError if that file has other columns."""
-    if path.exists() and path.read_text().splitlines()[:1] != [",".join(SUMMARY)]:
+    head = ",".join(SUMMARY).encode() + b"\n"
+    if path.exists() and not path.read_bytes().startswith(head):
         raise ValueError(f"{path} has other columns than a summary; move it away")
     return path.exists()
 
 
 def append_summary(path: Path, row: dict) -> None:
-    """One row an evaluation. Raises ValueError if the file has other columns."""
-    exists = check_summary(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:  # rows of all runs, the oldest first
-        out = csv.DictWriter(file, SUMMARY, lineterminator="\n")
-        if not exists:
-            out.writeheader()
-        out.writerow(row)
+    """One row an evaluation, the oldest first. Raises ValueError if the file has other columns."""
+    new = io.StringIO()
+    out = csv.DictWriter(new, SUMMARY, lineterminator="\n")
+    old = path.read_bytes() if check_summary(path) else b""
+    if not old:
+        out.writeheader()
+    out.writerow(row)
+    # all of it anew, so that a kill leaves no half row
+    rows = old + new.getvalue().encode()
+    write_atomically(path, lambda temporary: temporary.write_bytes(rows))
 
 
 def normalised(value: float, floor: float, best: float) -> float:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from config import Config, Play, Training
 from data import Dataset
 from envs import Family
+from support.files import need_memory
 from support.user_file import run_file
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +72,7 @@ class Method:
 
     def __init__(self, cfg: Config, family: Family):
         self.cfg, self.family = cfg, family
+        self._check_size()
         self.model = self.network()
         self.forward: Callable = self.model  # train.py puts DDP or torch.compile around it
         self.optimizers = self.make_optimizers()
@@ -78,6 +80,15 @@ class Method:
         # checkpoint keeps them, for at test time states are normalised alike.
         self.state_mean = torch.zeros(family.state_dim)
         self.state_std = torch.ones(family.state_dim)
+
+    def _check_size(self) -> None:
+        """Raises ValueError for a network that this machine cannot hold; nothing is allocated."""
+        try:
+            with torch.device("meta"):  # shapes without numbers
+                weights = sum(p.numel() * p.element_size() for p in self.network().parameters())
+        except (RuntimeError, NotImplementedError):  # a user's network that needs numbers
+            return
+        need_memory("the network with its gradient and moments", 4 * weights)
 
     # ------------------------------------------------------------------ what every method says
     def network(self) -> nn.Module:

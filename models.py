@@ -29,12 +29,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from config import BelowOne, Few, NotNegative, Share, Units
+from config import BelowOne, Few, NotNegative, Share, Training, Units
 from contrastive import Keys
 from data import Prompt
 from envs import Family
 from moe import MoEKind, MoELayer, MoEOutput, Past, TaskRouting, View
 from support.attention import Cache, Dropout, attention
+from support.files import need_memory
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,19 @@ class ModelSettings:
                     f"--{name}-hidden {hidden} is not a multiple of --{name}-experts {experts}"
                 )
 
-    def check_draws(self, draws: int) -> None:
-        """Raises ValueError where Algorithm 1's key batch B' is asked for and there is none."""
-        if self.keys == "other" and draws != 2:  # even rows are B, odd ones B': contrastive.py
-            raise ValueError(f"--keys other needs two draws of each task, not --draws {draws}")
+    def check_batch(self, training: Training, queries: int = 0) -> None:
+        """Raises ValueError where Algorithm 1's key batch B' is asked for and there is none, and
+        for a batch that this machine cannot hold.
+        """
+        if self.keys == "other" and training.draws != 2:  # even rows B, odd ones B': contrastive.py
+            raise ValueError(
+                f"--keys other needs two draws of each task, not --draws {training.draws}"
+            )
+        tokens = training.batch * (3 * training.prompt_length + queries)
+        if not torch.cuda.is_available():  # a GPU's memory is its own
+            # A token leaves at least ten numbers of each channel and block for the backward pass.
+            numbers = 10 * tokens * self.width * self.layers
+            need_memory(f"a step of --batch {training.batch}", 4 * numbers)
 
     @property
     def has_task_moe(self) -> bool:

@@ -19,6 +19,11 @@ configuration (presets.py).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
 import contextlib
 import functools
 import importlib.util
@@ -46,7 +51,8 @@ from support.command_line import (
     parse_config,
 )
 from support.files import only_writer
-from support.journal import Journal, Signals
+from support.journal import Journal
+from support.stop import Signals
 
 
 # ------------------------------------------------------------------------------ Algorithms 1 and 3

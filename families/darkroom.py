@@ -93,10 +93,15 @@ def split_goals(seed: int, train: int, test: int) -> tuple[list, list]:
 
 def check_goal(task) -> list[int]:
     """A goal as two plain numbers; raises ValueError for one that is not a cell."""
-    goal = np.asarray(task)
-    if goal.shape != (2,) or not np.isin(goal, np.arange(SIDE)).all():
-        raise ValueError(f"a DarkRoom goal is two whole numbers from 0 to {SIDE - 1}, not {task}")
-    return [int(v) for v in goal]
+    pair = isinstance(task, (list, tuple, np.ndarray)) and len(task) == 2
+    if not pair or not all(
+        isinstance(v, (int, np.integer)) and not isinstance(v, bool) and 0 <= v < SIDE for v in task
+    ):
+        one_line = " ".join(str(task).split())[:60]
+        raise ValueError(
+            f"a DarkRoom goal is two whole numbers from 0 to {SIDE - 1}, not {one_line}"
+        )
+    return [int(v) for v in task]
 
 
 # ------------------------------------------------------------------------------------- closed forms

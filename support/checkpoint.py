@@ -2,8 +2,9 @@
 
 in : a training `State`         out: one file, written to a temporary name and renamed
 Nothing here is a pickle. The file holds the weights (momentum router included), the optimisers'
-moments, the random streams and, as JSON in its header, the step and the seconds spent, so that a
-resumed run is the uninterrupted one bit for bit. evaluate.py reads its weights alone.
+moments, the random streams and, in its header, the step, the seconds spent and a checksum of the
+rows of train.csv so far, so that a resumed run is the uninterrupted one bit for bit. evaluate.py
+reads its weights alone. The header also repeats config.json: a damaged one is read from there.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
+from pydantic import Json
 from torch import Tensor
 
-from config import Config
-from envs import check_tasks, get_family
+from config import Config, CountOrZero, Finite, NotNegative
+from data import Reference, check_reference
+from envs import check_split, get_family
 from methods import Method, get_method
+from support.checked import validated, validated_strings
 from support.files import (
+    Damaged,
+    load_json,
     load_optimizer,
     load_tensors,
     optimizer_tensors,
+    save_json,
     save_tensors,
-    write_atomically,
 )
 from support.settings import from_plain
 
 FILE = "checkpoint.safetensors"
-FORMAT = "2"  # of config.json and the checkpoint; raised when their meaning changes
+FORMAT = "3"  # of config.json and the checkpoint; raised when their meaning changes
 
 
 @dataclass
@@ -40,31 +48,67 @@ class State:
     step: int = 0
     seconds: float = 0.0  # of training so far, over all its parts
     sums: dict[str, float] = field(default_factory=dict)  # logged since the last row of train.csv
+    rows: str = ""  # checksum of the rows of train.csv up to `step`
+    run: dict[str, Any] = field(default_factory=dict)  # what config.json says
+
+
+@dataclass(frozen=True)
+class Header:
+    """What checkpoint.safetensors says beside its tensors."""
+
+    t2mir: str  # FORMAT
+    step: CountOrZero
+    seconds: NotNegative
+    sums: Json[dict[str, Annotated[float, Finite]]]
+    rows: str
+    moments: Json[dict[str, CountOrZero]]  # of how many parameters each optimiser has them
+    run: Json[dict[str, Any]]
 
 
 # ------------------------------------------------------------------------------------- config.json
-def write_config(folder: Path, cfg: Config, tasks: dict) -> None:
+@dataclass(frozen=True)
+class TaskSplit:
+    """The tasks of a run, and what is known of them."""
+
+    train: Annotated[list[Any], MinLen(1)]
+    test: Annotated[list[Any], MinLen(1)]
+    reference: Reference | None = None
+
+
+def describe_run(cfg: Config, tasks: dict) -> dict[str, Any]:
     """All settings, the tasks trained on and held out, and their reference returns if known."""
     content = {"format": FORMAT, "settings": asdict(cfg), "task_split": tasks}
-    text = json.dumps(content, indent=1)
-    write_atomically(folder / "config.json", lambda path: path.write_text(text))
+    return json.loads(json.dumps(content))  # as a file gives it back
 
 
-def read_run(folder: str | Path) -> dict:
+def write_config(folder: Path, run: dict[str, Any]) -> None:
+    save_json(folder / "config.json", run)
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
     """config.json of a run. Raises ValueError with one line for a folder that is not one."""
     path = Path(folder) / "config.json"
-    # the file may come from anywhere: each line below refuses one thing that it might not be
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        reason = error.strerror
-        raise ValueError(f"{folder} is not a t2mir run: config.json: {reason}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of a t2mir run of format {FORMAT}: train it anew")
+        content = load_json(path, "t2mir run", FORMAT)
+    except Damaged as error:
+        if not path.exists():
+            raise ValueError(f"{folder} is not a t2mir run: it has no config.json") from None
+        content = _copy_of_config(folder, error)
+    except ValueError as error:
+        raise ValueError(f"{error}: train it anew") from None
     if not isinstance(content.get("settings"), dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
+    return content
+
+
+def _copy_of_config(folder: str | Path, damage: Damaged) -> dict[str, Any]:
+    """What the checkpoint knows of a damaged config.json; `damage` is raised where it does not."""
+    try:
+        content = read(folder)[1].run
+    except ValueError:
+        raise damage from None
+    if content.get("format") != FORMAT:
+        raise damage
     return content
 
 
@@ -73,57 +117,62 @@ def load_config(folder: str | Path, **files: str | None) -> Config:
     return from_plain(read_run(folder)["settings"], f"{folder}/config.json", **files)
 
 
-def read_tasks(folder: str | Path, env: str) -> dict[str, list]:
-    """{"train": [...], "test": [...]} of a run. Raises ValueError when they do not fit."""
-    split = read_run(folder).get("task_split")
-    lists = isinstance(split, dict) and [split.get(k) for k in ("train", "test")]
-    if not lists or not all(isinstance(tasks, list) and tasks for tasks in lists):
-        raise ValueError(f"{folder}/config.json names no tasks")
-    return {k: check_tasks(env, split[k]) for k in ("train", "test")}
-
-
-def read_reference(folder: str | Path, split: str) -> dict[str, list[float]] | None:
-    """{"random": ..., "teacher": ...} of each task of a split, if the run's dataset knew them."""
-    reference = read_run(folder)["task_split"].get("reference")
-    returns = reference.get(split) if isinstance(reference, dict) else None
-    if isinstance(returns, dict) and returns.get("random") and returns.get("teacher"):
-        return returns
-    return None
+def read_tasks(folder: str | Path, env: str) -> TaskSplit:
+    """The tasks of a run. Raises ValueError with one line when they do not fit."""
+    where = f"{folder}/config.json"
+    split = validated(TaskSplit, read_run(folder).get("task_split"), f"{where}: ")
+    train, test = check_split(env, split.train, split.test, where)
+    check_reference(split.reference, {"train": len(train), "test": len(test)}, f"{where}: ")
+    return TaskSplit(train, test, split.reference)
 
 
 # ------------------------------------------------------------------------- checkpoint.safetensors
 def save(folder: Path, state: State) -> None:
     """Write the checkpoint: the old one stays whole until the new one is (support/files.py)."""
-    method = state.method
+    method, moments = state.method, {}
     # state_dict also has what no gradient moves: the key router (Eq. 8), `Center`'s statistics
     tensors = {f"model.{name}": value for name, value in method.model.state_dict().items()}
     for name, optimizer in method.optimizers.items():
         tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
+        moments[name] = len(optimizer.state_dict()["state"])
     # noise and dropout come from torch's stream, batches from their own (train.py: `run`)
     tensors |= {"random.torch": torch.get_rng_state(), "random.batches": state.rng.get_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     # without them the weights could not be played: they have learned to read states so normalised
     tensors |= {"states.mean": method.state_mean, "states.std": method.state_std}
-    header = {
+    about = {
         "t2mir": FORMAT,
         "step": str(state.step),
         "seconds": repr(state.seconds),  # repr: the same float when it is read again
         "sums": json.dumps(state.sums),
+        "rows": state.rows,
+        "moments": json.dumps(moments),
+        "run": json.dumps(_anywhere(state.run)),
     }
-    save_tensors(folder / FILE, tensors, header)
+    save_tensors(folder / FILE, tensors, about)
 
 
-def read(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _anywhere(run: dict[str, Any]) -> dict[str, Any]:
+    """config.json but for its own place: the same run gives the same bytes in any folder."""
+    settings = run.get("settings", {})
+    return {**run, "settings": {**settings, "run": {**settings.get("run", {}), "run": None}}}
+
+
+def read(folder: str | Path) -> tuple[dict[str, Tensor], Header]:
     """All tensors and the header. Raises ValueError for a missing, damaged or foreign file."""
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{folder} has no {FILE}: train it first, or continue its run with --resume"
         )
-    tensors, header = load_tensors(path)
-    if header.get("t2mir") != FORMAT:
+    tensors, about = load_tensors(path)
+    if about.get("t2mir") != FORMAT:
         raise ValueError(f"{path} is not a t2mir checkpoint of format {FORMAT}: train it anew")
+    header = validated_strings(Header, about, f"{path}: ")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite: train it anew")
     return tensors, header
 
 
@@ -137,6 +186,10 @@ def _fill(method: Method, tensors: dict[str, Tensor], folder: str | Path) -> Non
     # strictly: a weight that is missing would stay at its random first value, unnoticed
     try:
         method.model.load_state_dict(weights)
+        size = (method.family.state_dim,)
+        for name in ("states.mean", "states.std"):
+            if name not in tensors or tuple(tensors[name].shape) != size:
+                raise RuntimeError(f"{name} is not there, or of another shape")
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{folder}/{FILE} does not fit these settings ({reason})") from None
@@ -150,24 +203,29 @@ def load_weights(folder: str | Path, method: Method) -> None:
 def load(folder: str | Path, state: State) -> None:
     """Continue: put everything of a checkpoint into `state` and the random streams of torch."""
     tensors, header = read(folder)
-    _fill(state.method, tensors, folder)
+    method = state.method
+    _fill(method, tensors, folder)
     try:
-        for name, optimizer in state.method.optimizers.items():
-            load_optimizer(optimizer, f"optimizer.{name}", tensors)
+        if header.step > method.cfg.training.steps:
+            raise ValueError(f"step {header.step} of {method.cfg.training.steps}")
+        for name, optimizer in method.optimizers.items():
+            found = load_optimizer(optimizer, f"optimizer.{name}", tensors)
+            if found != header.moments.get(name):
+                raise ValueError(f"{name} has moments of {found} parameters")
         torch.set_rng_state(tensors["random.torch"])
         state.rng.set_state(tensors["random.batches"])
         # saved on CUDA and continued without, a run goes on, but is no longer the same bit for bit
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
-        state.step, state.seconds = int(header["step"]), float(header["seconds"])
-        state.sums = json.loads(header["sums"])
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}/{FILE} is damaged ({error}): choose another --run") from None
+    state.step, state.seconds, state.sums = header.step, header.seconds, dict(header.sums)
+    state.rows = header.rows
 
 
 def load_method(
     folder: str | Path, device: torch.device, **files: str | None
-) -> tuple[Method, dict[str, str]]:
+) -> tuple[Method, Header]:
     """The method of a run with its trained weights, in eval mode, and the checkpoint's header."""
     cfg = load_config(folder, **files)
     tensors, header = read(folder)

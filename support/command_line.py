@@ -9,7 +9,7 @@ Order of what wins: a flag, the preset, the declaration.
 
 from __future__ import annotations
 
-import signal
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import tyro
+from torch.distributed import DistError
 
 import presets
 from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
 from envs import FAMILIES, get_family
 from methods import get_method, names
+from support import distributed
 from support.checkpoint import load_config
 from support.settings import (
     FREE,
@@ -33,6 +35,9 @@ from support.settings import (
     leaves,
     with_values,
 )
+from support.stop import Stop, by_exception
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on the disk, of a quota, by ulimit
 
 
 def _cli(default: Any, argv: list[str], description: str) -> Any:
@@ -196,13 +201,36 @@ def parse_collection(argv: list[str] | None = None) -> tuple[Collection, str | N
 
 # ------------------------------------------------------------------------------ one line, whatever
 def one_line(main: Callable[[], object], when_stopped: str) -> None:
-    """Run a script; what a user can mend, and Ctrl-C, end it with one line and no traceback."""
+    """Run a script; what a user can mend, Ctrl-C and a polite kill end it with one line.
+
+    Anything else is a bug, and its traceback is wanted. Exit codes: 1, 130, 143.
+    """
     try:
         # into a file or a pipe, too, each line as it comes
         sys.stdout.reconfigure(line_buffering=True)  # pyrefly: ignore[missing-attribute]
-        main()
-    except (ValueError, OSError) as error:  # anything else is a bug, and its traceback is wanted
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
+        with by_exception():
+            main()
+    except Stop as stop:
         print(f"stopped; {when_stopped}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+        raise SystemExit(stop.code) from None
+    except (Exception, KeyboardInterrupt) as error:
+        reason = in_one_line(error, when_stopped)
+        if reason is None:
+            raise
+        raise SystemExit(f"error: {reason}") from None
+
+
+def in_one_line(error: BaseException, when_stopped: str) -> str | None:
+    """What to say of an error that a user can mend; None for a bug."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"no room on the disk for {error.filename}: make room; then {when_stopped}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)):
+        return " ".join(str(error).split())
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError) or "t allocate memory" in text or "out of memory" in text:
+        return f"out of memory: take a smaller batch, prompt or network {text}".rstrip()
+    if distributed.active() and ("peer" in text or isinstance(error, DistError)):
+        return f"another process of this run has ended; {when_stopped}"
+    return None

@@ -12,9 +12,11 @@ continued, the row that it would have written.
 from __future__ import annotations
 
 import csv
+import io
+import json
 import math
-import signal
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -28,50 +30,57 @@ from support.checkpoint import State
 from support.files import progress, write_atomically
 
 
-class Signals:
-    """Ctrl-C and a polite kill are noted, so that the step in hand is finished first."""
-
-    def __enter__(self) -> Signals:
-        self.number = 0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, _frame) -> None:
-        self.number = number  # and no more: the handler may run in the middle of any operation
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 class Log:
     """train.csv, and TensorBoard if asked for: a row of named numbers at a time.
 
     Columns are the names that come; one that comes later (a short evaluation's) is added to all
-    rows. A resumed run drops the rows that its checkpoint has not seen.
+    rows. A resumed run drops the rows that its checkpoint has not seen. Raises ValueError when the
+    others are not those that it has seen (`seen`: their checksum). Nothing is written yet.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.path = folder / "train.csv"
+    def __init__(self, folder: Path, step: int, seen: str | None = None):
+        self.folder, self.path, self.step = folder, folder / "train.csv", step
         self.rows: list[dict] = []
         self.columns: list[str] = []
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                old = csv.DictReader(file)
-                self.columns = list(old.fieldnames or [])
-                # a kill may also have left half a row at the end, whose step is no number
-                self.rows = [
-                    row
-                    for row in old
-                    if (row.get("step") or "").isdigit() and int(row["step"]) <= step
-                ]
-            self._rewrite()
+        self._sum = 0
         self.board = None
+        if not self.path.exists():
+            return
+        try:
+            text = self.path.read_bytes().decode()
+            # a kill may have left half a row at the end
+            old = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+            rows = [row for row in old if (row.get("step") or "").isdecimal()]
+        except (csv.Error, UnicodeDecodeError):
+            rows, old = [], None
+        self.rows = [row for row in rows if int(row["step"]) <= step]
+        self.columns = list(old.fieldnames or []) if old else []
+        for row in self.rows:
+            self._add(row)
+        if seen is not None and seen != self.checksum:
+            raise ValueError(
+                f"{self.path} is damaged: its rows are not those that {checkpoint.FILE} has seen; "
+                "move it away to continue without them"
+            )
+
+    @property
+    def checksum(self) -> str:
+        """Of all rows: a checkpoint keeps it."""
+        return f"{self._sum:08x}"
+
+    def _add(self, row: dict) -> None:
+        said = sorted((str(k), str(v)) for k, v in row.items() if v not in ("", None))
+        self._sum = zlib.crc32(json.dumps(said).encode(), self._sum)
+
+    def begin(self, tensorboard: bool) -> None:
+        """From here on rows are written."""
+        if self.path.exists():
+            self._rewrite()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # optional; checked by main()
 
             # what lies behind the checkpoint is drawn anew
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
 
     def _rewrite(self) -> None:
         """The whole file, old or new at any moment: a kill loses nothing of it."""
@@ -87,6 +96,7 @@ class Log:
     def row(self, values: dict) -> None:
         row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         self.rows.append(row)
+        self._add(row)
         new = [name for name in row if name not in self.columns]
         if new:  # the head of the file changes, so all of it is written again
             self.columns += new
@@ -116,12 +126,13 @@ class Journal:
     def __enter__(self) -> Journal:
         state, run = self.state, self.cfg.run
         if self.chief:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.folder, state.step, state.rows or None)
             meta = self.dataset.meta
             tasks = {"train": meta["train_tasks"], "test": meta["test_tasks"]}
             tasks["reference"] = meta.get("reference")
-            checkpoint.write_config(self.folder, self.cfg, tasks)
-            self.log = Log(self.folder, state.step, run.tensorboard)
+            state.run = checkpoint.describe_run(self.cfg, tasks)
+            checkpoint.write_config(self.folder, state.run)
+            self.log.begin(run.tensorboard)
         self.bar = progress(
             total=self.cfg.training.steps,
             initial=state.step,
@@ -157,6 +168,7 @@ class Journal:
         ):  # after the row, before the checkpoint: a new row begins
             state.sums = {}
         if self.chief and (state.step % run.checkpoint_every == 0 or last or asked):
+            state.rows = self.log.checksum
             checkpoint.save(self.folder, state)
         return bool(asked)
 

@@ -1,25 +1,22 @@
 """settings.py: what can be done with the groups of settings of config.py, whatever stands in them.
 
 in : nested dataclasses, flat names and values       out: the same, changed and checked
-pydantic checks every value against the type that its declaration has, bounds included: on the
-command line and in files alike. Nothing of the paper is here; no setting is known by its name, so
-that one more is one declaration.
+Every value is checked against the type that its declaration has, bounds included: on the command
+line and in files alike (checked.py). Nothing of the paper is here; no setting is known by its name,
+so that one more is one declaration.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from config import Config
 from envs import get_family
 from methods import Method, get_method
+from support.checked import validated
 
 # Groups and settings that do not change the weights: a continued run may have others.
 FREE_GROUPS = ("play", "work", "run")
@@ -53,25 +50,6 @@ def with_values(settings: Any, values: dict[str, Any]) -> Any:
     return replace(settings, **changed)
 
 
-@cache  # made once for each group, not at every check
-def _adapter(group: type) -> TypeAdapter:
-    return TypeAdapter(group)
-
-
-def _validated(group: type, values: Any, where: str) -> Any:
-    """A group from plain values. Raises ValueError that names the first setting that cannot be."""
-    # As JSON and strictly: what would not survive config.json is refused on the command line too,
-    # and "5" or 5.0 is no whole number.
-    try:
-        return _adapter(group).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # the flag's own spelling
-        name = "-".join(str(first["loc"][0]).split("_")) if first["loc"] else "settings"
-        message = first["msg"].removeprefix("Input ").lower()
-        raise ValueError(f"{where}--{name} {first['input']!r:.60}: it {message}") from None
-
-
 def check_types(settings: Any, where: str = "") -> None:
     """Every value against its declaration. Raises ValueError that names the first wrong one."""
     for entry in fields(settings):
@@ -80,7 +58,7 @@ def check_types(settings: Any, where: str = "") -> None:
             check_types(value, where)
     own = {f.name for f in fields(settings) if not is_dataclass(getattr(settings, f.name))}
     values = {k: v for k, v in asdict(settings).items() if k in own}
-    _validated(type(settings), values, where)
+    validated(type(settings), values, where, flags=True)
     if hasattr(settings, "check"):  # what must hold between the settings of a group
         settings.check()
 
@@ -136,7 +114,7 @@ def from_plain(plain: dict, where: str, **files: str | None) -> Config:
         elif not isinstance(value, dict) or set(value) != {f.name for f in fields(group)}:
             raise ValueError(f"{other_version} {entry.name} settings")
         else:
-            made[entry.name] = _validated(group, value, f"{where}: ")
+            made[entry.name] = validated(group, value, f"{where}: ", flags=True)
     cfg = Config(**made)
     check_types(cfg, f"{where}: ")
     return cfg

@@ -25,10 +25,16 @@ def run_file(file: str, flag: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses in the file look themselves up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
-        place = f" line {lines[-1]}:" if lines else ""  # a syntax error names its line by itself
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--{flag} {file}:{place} {type(error).__name__}: {reason}") from error
+    except (Exception, SystemExit) as error:  # also a script that ends with sys.exit()
+        raise users_error(file, flag, error) from error
     return module
+
+
+def users_error(file: str, flag: str, error: BaseException) -> ValueError:
+    """One line that says where in the user's file it went wrong; the traceback is its cause."""
+    frames = traceback.extract_tb(error.__traceback__)
+    there = str(Path(file).absolute())
+    lines = [frame.lineno for frame in frames if str(Path(frame.filename).absolute()) == there]
+    place = f" line {lines[-1]}:" if lines else ""  # a syntax error names its line by itself
+    reason = " ".join(str(error).split())
+    return ValueError(f"--{flag} {file}:{place} {type(error).__name__}: {reason}")

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from config import Data
 from envs import Family, get_family, make_batch
-from support.files import load_tensors, save_arrays
-from teachers.sac import WEIGHTS, mlp, policy_file, squashed, two_seeds
+from support.files import Damaged, load_tensors, save_arrays
+from teachers.sac import FORMAT, WEIGHTS, mlp, policy_file, squashed, two_seeds
 
 KINDS = ("sac", "ppo", "ppo-discrete")  # of policies in files
 
@@ -78,22 +78,36 @@ class Policies:
 def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(None)) -> Policies:
     """Policies of a group's checkpoints, one step behind the other: M = len(steps) x rows.
 
-    `row` is a task's place in the group; all of them without it. Raises ValueError with one line
-    that names a missing or damaged file.
+    `row` is a task's place in the group; all of them without it. Raises Damaged with one line that
+    names a missing or damaged file.
     """
     stacks = []
     rows = slice(row, row + 1) if isinstance(row, int) else row
     for step in steps:
-        path = policy_file(folder, step)
         try:
-            tensors, header = load_tensors(path)
-            kind = header.get("kind", "")
-            if kind not in KINDS:
-                raise ValueError(f"{path} holds no policies")
-        except ValueError as error:
-            raise ValueError(f"{error}: delete {folder} to train its tasks anew") from None
+            kind, tensors = read_policies(policy_file(folder, step))
+        except Damaged as error:
+            raise Damaged(f"{error}: collect.py with the same settings trains it anew") from None
         stacks.append(Policies(kind, {name: tensor[rows] for name, tensor in tensors.items()}))
     return join(stacks)
+
+
+def read_policies(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The kind and all weights in one file. Raises Damaged with one line for anything else."""
+    tensors, header = load_tensors(path)
+    kind, shapes = header.get("kind", ""), {name: tuple(t.shape) for name, t in tensors.items()}
+    wanted = {*WEIGHTS, "log_std"} if kind == "ppo" else set(WEIGHTS)
+    if header.get("t2mir") != FORMAT or kind not in KINDS or shapes.keys() != wanted:
+        raise Damaged(f"{path} holds no policies of format {FORMAT}")
+    # each layer reads what the one before gives, for the same number of tasks
+    sizes = [shapes[f"w{i}"] for i in range(3)]
+    for i, size in enumerate(sizes):
+        follows = i == 0 or size[:2] == (sizes[0][0], sizes[i - 1][-1])
+        if len(size) != 3 or not follows or shapes[f"b{i}"] != (size[0], 1, size[2]):
+            raise Damaged(f"{path}: its layers do not fit one another")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise Damaged(f"{path} holds weights that are not finite")
+    return kind, tensors
 
 
 def join(stacks: Sequence[Policies]) -> Policies:

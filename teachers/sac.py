@@ -29,16 +29,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Json
 from torch import Tensor
 
-from support.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from config import Count
+from support.checked import validated_strings
+from support.files import (
+    Damaged,
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    save_tensors,
+)
 
 STATE = "state.safetensors"  # what training continues from; deleted once the policies are measured
-FORMAT = "1"  # of the files of policies and states
+FORMAT = "2"  # of the files of policies and states
 WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")  # a policy's, by their names in a file
 
 
@@ -255,6 +265,16 @@ def save_state(
     save_tensors(folder / STATE, tensors, header)
 
 
+@dataclass(frozen=True)
+class StateHeader:
+    """What state.safetensors says beside its tensors."""
+
+    t2mir: str  # FORMAT
+    kind: str
+    step: Count
+    settings: Json[dict[str, Any]]
+
+
 def read_state(folder: Path, kind: str, settings: dict) -> tuple[dict[str, Tensor], int]:
     """Tensors and step of state.safetensors; none and 0 if there is no such file.
 
@@ -264,16 +284,20 @@ def read_state(folder: Path, kind: str, settings: dict) -> tuple[dict[str, Tenso
     if not path.exists():
         return {}, 0
     try:
-        tensors, header = load_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {again}") from None
-    if (header.get("t2mir"), header.get("kind")) != (FORMAT, kind):
+        tensors, about = load_tensors(path)
+    except Damaged as error:
+        raise Damaged(f"{error}: {again}") from None
+    if (about.get("t2mir"), about.get("kind")) != (FORMAT, kind):
         raise ValueError(f"{path} is no {kind} of format {FORMAT}: {again}")
-    saved = json.loads(header["settings"])
-    other = ", ".join(name for name in settings if saved.get(name) != settings[name])
+    header = validated_strings(StateHeader, about, f"{path}: ")
+    other = ", ".join(name for name in settings if header.settings.get(name) != settings[name])
     if other:
         raise ValueError(f"{path} is of other settings ({other}): {again}")
-    return tensors, int(header["step"])
+    if header.step > settings["steps"] + settings.get("n_steps", 0):
+        raise ValueError(f"{path}: step {header.step} of {settings['steps']}: {again}")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{path} holds numbers that are not finite: {again}")
+    return tensors, header.step
 
 
 def other_environment(folder: Path) -> ValueError:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,10 +37,19 @@ import numpy as np
 
 from config import Teachers, Work
 from envs import get_family, make_batch, make_env, optimal_returns, random_returns
-from support.files import need_space, only_writer, save_arrays
+from support.files import (
+    Damaged,
+    Wanted,
+    load_arrays,
+    load_tensors,
+    need_space,
+    only_writer,
+    save_arrays,
+    set_aside,
+)
 from support.jobs import bar_of, run_jobs
 from teachers.ppo import PPOConfig, train_ppo
-from teachers.rollouts import Behaviour, load_policies, rollout
+from teachers.rollouts import Behaviour, load_policies, read_policies, rollout
 from teachers.sac import STATE, SACConfig, policy_file, train_sac
 
 # fmt: off
@@ -110,6 +120,10 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
             f"--teacher-save-every {changed.save_every} must be whole episodes of {horizon} steps "
             f"and divide --teacher-steps {changed.steps}"
         )
+    if changed.warmup >= changed.steps:  # all actions random, and nothing ever learnt
+        raise ValueError(
+            f"--teacher-warmup {changed.warmup} must be less than --teacher-steps {changed.steps}"
+        )
     return changed
 
 
@@ -158,20 +172,29 @@ def train_group(group: Group, alive) -> None:
 
     `alive()` raises when the command that asked for it is gone.
     """
-    folder, trained_by = Path(group.folder), group.trained_by
+    folder = Path(group.folder)
+    paths = [policy_file(folder, step) for step in checkpoints(group.trained_by)]
     with only_writer(folder, seconds=60):  # a killed command's worker may end its last episode
-        if (folder / "levels.npz").exists():
-            return
-        if all(policy_file(folder, step).exists() for step in checkpoints(trained_by)):
-            pass  # trained, but not measured
-        elif isinstance(trained_by, SACConfig):
-            batch = make_batch(group.env, group.tasks)
-            train_sac(batch, trained_by, group.seed, folder, lambda *report: alive(), group.device)
-        else:
-            environment = partial(make_env, group.env, group.tasks[0])
-            train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
-        save_arrays(folder / "levels.npz", measure(group, alive))
+        if not all(path.exists() for path in paths):
+            train_policies(group, alive)
+        if not all(path.exists() for path in paths):
+            # One was removed that the state had left behind: only training anew makes it again.
+            (folder / STATE).unlink(missing_ok=True)
+            train_policies(group, alive)
+        if not (folder / "levels.npz").exists():
+            save_arrays(folder / "levels.npz", measure(group, alive))
         (folder / STATE).unlink(missing_ok=True)  # the replay is large, and of no more use
+
+
+def train_policies(group: Group, alive) -> None:
+    """From the group's state, or from the beginning, to the last checkpoint."""
+    folder, trained_by = Path(group.folder), group.trained_by
+    if isinstance(trained_by, SACConfig):
+        batch = make_batch(group.env, group.tasks)
+        train_sac(batch, trained_by, group.seed, folder, lambda *report: alive(), group.device)
+    else:
+        environment = partial(make_env, group.env, group.tasks[0])
+        train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
 
 
 def measure(group: Group, alive) -> dict[str, np.ndarray]:
@@ -263,22 +286,50 @@ def train_teachers(
     """Train and measure the teachers of `tasks`, or read them if they are there.
 
     `root` is the folder of the datasets, all of which they serve. Raises ValueError with one line
-    for impossible settings, a full disk, a damaged file or a second process.
+    for impossible settings, a full disk or a second process. A damaged file is set aside, and made
+    anew: levels are measured once more, policies trained, which gives the same bytes.
     """
     folder = teachers_folder(root, env, settings, tasks)
     groups = groups_of(env, settings, tasks, folder, work.teacher_device)
     steps = checkpoints(groups[0].trained_by)
-    missing = [group for group in groups if not (Path(group.folder) / "levels.npz").exists()]
-    if missing:
+    if missing := [group for group in groups if damage_of(group) or not finished(group)]:
         need_space(folder, 1.1 * sum(disk_space(group) for group in missing))
 
         def written() -> int:
             return len(list(folder.glob("group-*/step-*.safetensors")))
 
         total, title = len(groups) * len(steps), f"teachers of {env}"
-        with only_writer(folder), bar_of(written, total, title, "checkpoint", quiet) as watch:
-            run_jobs(train_group, missing, work.workers, work.cluster, watch)
+        with only_writer(folder):
+            for group in missing:
+                for path, reason in damage_of(group).items():
+                    print(
+                        f"{reason}: its group is trained or measured anew; the old file is "
+                        f"{set_aside(path).name}",
+                        file=sys.stderr,
+                    )
+            with bar_of(written, total, title, "checkpoint", quiet) as watch:
+                run_jobs(train_group, missing, work.workers, work.cluster, watch)
     return read_levels(env, groups, steps)
+
+
+def finished(group: Group) -> bool:
+    """Whether everything is there that a dataset needs of a group."""
+    paths = [policy_file(Path(group.folder), step) for step in checkpoints(group.trained_by)]
+    return all(path.exists() for path in (*paths, Path(group.folder) / "levels.npz"))
+
+
+def damage_of(group: Group) -> dict[Path, str]:
+    """{file: what is wrong} of a group's files that are there and not as they were written."""
+    wrong, folder = {}, Path(group.folder)
+    checks = {folder / "levels.npz": lambda path: load_levels(group), folder / STATE: load_tensors}
+    checks |= {path: read_policies for path in sorted(folder.glob("step-*.safetensors"))}
+    for path, check in checks.items():
+        try:
+            if path.exists():
+                check(path)
+        except Damaged as error:
+            wrong[path] = str(error)
+    return wrong
 
 
 def disk_space(group: Group) -> int:
@@ -292,19 +343,23 @@ def disk_space(group: Group) -> int:
     return 4 * len(group.tasks) * (policy * len(checkpoints(trained_by)) + state)
 
 
+def load_levels(group: Group) -> dict[str, np.ndarray]:
+    """What `measure` has found of a group. Raises Damaged with one line for a damaged file."""
+    count, tasks = len(checkpoints(group.trained_by)), len(group.tasks)
+    wanted: Wanted = {
+        "sampled": ((count, tasks, LEVEL_EPISODES), "f"),
+        "mean": ((count, tasks, LEVEL_EPISODES), "f"),
+        "success": ((count, tasks), "f"),
+        "random": ((tasks,), "f"),
+    }
+    return load_arrays(Path(group.folder) / "levels.npz", wanted)
+
+
 def read_levels(env: str, groups: list[Group], steps: list[int]) -> TrainedTeachers:
-    """What all groups' levels.npz say. Raises ValueError that names a damaged one."""
+    """What all groups' levels.npz say."""
     columns: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
     highest = []
-    for group in groups:
-        path = Path(group.folder) / "levels.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in columns}
-        except Exception as error:  # whatever numpy, zipfile and zlib make of damage
-            raise ValueError(
-                f"{path} is damaged ({error!r}): delete it to measure those tasks anew"
-            ) from None
+    for arrays in map(load_levels, groups):
         highest.append(arrays["sampled"].max((0, 2)))
         for name, values in arrays.items():
             columns[name].append(values.mean(2) if values.ndim == 3 else values)

@@ -5,12 +5,16 @@ Run: pytest tests/test_collect.py
 """
 
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import changed
+from commands import Trap, changed, rewrite
 
 import collect as module
 from collect import collect, dataset_folder
@@ -18,7 +22,7 @@ from config import Collection
 from data import file_hash, load_dataset
 from envs import split_tasks
 from families.darkroom import BatchedDarkRoom
-from support.files import only_writer
+from support.files import Damaged, only_writer
 
 SAVE = module.save_arrays
 
@@ -127,21 +131,142 @@ def test_interrupted_write_leaves_no_part(tiny_config, tmp_path, monkeypatch):
     assert load_dataset(collect(cfg, quiet=True)).tasks == 8
 
 
-@pytest.mark.parametrize("damage", ["shorter", "flipped", "empty"])
-def test_damaged_part_of_a_stopped_run_is_named(stopped, damage):
+def trap(path):
+    """A pickle that would leave a file behind it when it is opened."""
+    path.write_bytes(pickle.dumps(Trap(path.with_name("sprung"))))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def zeros(path):
+    """A whole archive of the right arrays, in which nothing stands."""
+    with np.load(path) as part:
+        arrays = {name: np.zeros_like(part[name]) for name in part.files}
+    np.savez_compressed(path, **arrays)
+
+
+DAMAGE = {
+    "shorter": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "zero bytes": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a pickle": trap,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def redone_alone(cfg, folder, whole, names, capsys):
+    """collect() names them, makes them anew as they were, keeps the old ones, touches no other."""
+    kept = {p: p.stat().st_mtime_ns for p in folder.iterdir() if p.name not in (*names, ".lock")}
+    capsys.readouterr()
+    assert collect(cfg, quiet=True) == folder
+    said = capsys.readouterr().err
+    aside = {path.name for path in folder.glob("*.damaged")}
+    assert aside == {f"{name}.damaged" for name in names}
+    assert all(name in said for name in names) and said.count("\n") == len(names)
+    for path in folder.glob("*.damaged"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert contents(folder) == contents(whole) and not (folder / "sprung").exists()
+    assert all(
+        path.stat().st_mtime_ns == when for path, when in kept.items() if path.suffix == ".npz"
+    )
+    collect(cfg, quiet=True)
+    assert capsys.readouterr().err == ""  # and that is that
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_part_of_a_stopped_run_is_redone_alone(stopped, paper_folder, damage, capsys):
     cfg, folder = stopped
-    part = folder / "task-001.npz"
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    part.write_bytes({"shorter": data[:100], "flipped": data, "empty": b""}[damage])
-    refused(cfg, "task-001.npz is not a whole part")
+    DAMAGE[damage](folder / "task-001.npz")
+    redone_alone(cfg, folder, paper_folder, ["task-001.npz"], capsys)
 
 
-def test_part_of_other_settings_is_named(stopped, tiny_config, tmp_path):
+@pytest.fixture
+def finished(tiny_config, paper_folder, tmp_path):
+    cfg = changed(tiny_config, datasets=str(tmp_path))
+    return cfg, shutil.copytree(paper_folder, dataset_folder(cfg))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "zeros"])
+def test_damaged_part_of_a_finished_dataset_is_redone_alone(finished, paper_folder, damage, capsys):
+    cfg, folder = finished
+    for name in ("task-002.npz", "task-005.npz"):
+        (DAMAGE | {"zeros": zeros})[damage](folder / name)
+    with pytest.raises(Damaged, match=r"task-002.npz .*collect.py .*redoes it alone"):
+        load_dataset(folder)
+    redone_alone(cfg, folder, paper_folder, ["task-002.npz", "task-005.npz"], capsys)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "flipped", "empty", "a pickle", "a folder"])
+def test_a_damaged_meta_json_is_written_anew(finished, paper_folder, damage, capsys):
+    cfg, folder = finished
+    DAMAGE[damage](folder / "meta.json")
+    redone_alone(cfg, folder, paper_folder, ["meta.json"], capsys)
+
+
+def test_a_wrong_checksum_in_meta_json_sends_nobody_in_circles(finished, paper_folder, capsys):
+    """The part is whole, what meta.json says of it is not: both are made anew, once."""
+    cfg, folder = finished
+    rewrite(folder / "meta.json", lambda meta: meta["sha256"].__setitem__(3, "0" * 64))
+    with pytest.raises(Damaged, match=r"task-003.npz is damaged"):
+        load_dataset(folder)
+    redone_alone(cfg, folder, paper_folder, ["task-003.npz"], capsys)
+
+
+def test_part_of_other_settings_is_redone(stopped, tiny_config, paper_folder, tmp_path, capsys):
     cfg, folder = stopped
     other = changed(tiny_config, data_episodes=11, datasets=str(tmp_path / "other"))
     shutil.copy(collect(other, quiet=True) / "task-002.npz", folder)
-    refused(cfg, "task-002.npz.*shape")
+    redone_alone(cfg, folder, paper_folder, ["task-002.npz"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_tasks": [[2, 2], [0, 0]]}, r"holds out \[0, 0\], which is also a training task"),
+        ({"test_tasks": [[2, 12]]}, r"not \[2, 12\]"),
+        ({"train_tasks": [[True, 0]]}, r"not \[True, 0\]"),
+        ({"train_tasks": "goals"}, "train_tasks 'goals': it should be a valid"),
+        ({"data_episodes": "10"}, "data_episodes '10': it should be a valid integer"),
+        ({"data_episodes": 10.5}, "data_episodes"),
+        ({"quality": "best"}, "--quality 'best'"),
+        ({"data_seed": -1}, "--data-seed -1"),
+        ({"horizon": 50}, "horizon 50 is not darkroom's 100"),
+        ({"sha256": ["0" * 64]}, "1 checksums for 8 tasks"),
+        ({"sha256": [3] * 8}, "sha256.0 3: it should be a valid string"),
+        ({"best_level": [float("nan")]}, "best_level"),
+        ({"reference": {"test": {"random": [1.0]}}}, "reference.test.random has 1 of 4 returns"),
+        ({"env": "/tmp/evil.py"}, "holds data of /tmp/evil.py: name that file yourself"),
+        ({"env": 7}, "env 7: it should be a valid string"),
+    ],
+)
+def test_meta_json_is_checked_by_the_declarations(finished, changes, message):
+    """Somebody has meant it: the checksum fits. It is refused, and nothing is touched."""
+    _, folder = finished
+    rewrite(folder / "meta.json", lambda meta: meta.update(changes))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset(folder)
+    assert "\n" not in str(error.value) and contents(folder) == before
+
+
+def test_temporary_files_of_a_killed_collection_go(finished, paper_folder):
+    cfg, folder = finished
+    (folder / "task-004.npz").unlink()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in ("task-004.npz", "meta.json"):
+        (folder / f".{name}.{gone.pid}.tmp").write_bytes(b"half of it")
+    alive = folder / f".task-001.npz.{os.getppid()}.tmp"
+    alive.write_bytes(b"of a worker that is still at it")
+    collect(cfg, quiet=True)
+    assert [path.name for path in folder.glob(".*.tmp")] == [alive.name]
+    alive.unlink()
+    assert contents(folder) == contents(paper_folder)
 
 
 def other_goals(cfg, tmp_path) -> Collection:
@@ -168,7 +293,7 @@ def test_dataset_of_an_older_format_is_named(tiny_config, paper_folder, tmp_path
     folder = shutil.copytree(paper_folder, dataset_folder(cfg))
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "format": 1}))
-    refused(cfg, "format 2 but 1; delete that folder to collect it anew")
+    refused(cfg, "format 3 but 1; remove that folder to collect it anew")
 
 
 def test_meta_says_what_was_collected(paper_data, point_folder):

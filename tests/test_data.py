@@ -5,13 +5,14 @@ frequencies. What is AD's or DPT's alone: test_ad.py, test_dpt.py.
 Run: python -m pytest -q tests/test_data.py
 """
 
-import json
 import pickle
 import shutil
 
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import Trap
 from toys import SLIDE, coded_dataset, episodes_of, write_continuous
 
 import envs
@@ -44,10 +45,7 @@ SAMPLERS = pytest.mark.parametrize("sample", [sample_ad, sample_queries])
 def test_loaded_arrays_are_the_stored_ones(recipe, request):
     folder, data = (request.getfixturevalue(f"{recipe}_{what}") for what in ("folder", "data"))
     assert (data.tasks, data.episodes, data.family.name) == (N, E, "darkroom")
-    assert (
-        data.meta == json.loads((folder / "meta.json").read_text())
-        and data.meta["recipe"] == recipe
-    )
+    assert data.meta == read_meta(folder) and data.meta["recipe"] == recipe
     shapes = {
         "states": (N, E, T, 2),
         "actions": (N, E, T),
@@ -171,8 +169,13 @@ def refused(folder, message, env=None):
 
 def change_meta(folder, **changes):
     """Set entries of meta.json; None removes one."""
-    meta = {**json.loads((folder / "meta.json").read_text()), **changes}
-    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+
+    def edited(meta):
+        meta.update(changes)
+        for name in [name for name, value in meta.items() if value is None]:
+            del meta[name]
+
+    commands.rewrite(folder / "meta.json", edited)
 
 
 def sign(folder, task=3):
@@ -276,7 +279,7 @@ def test_any_flipped_byte_of_a_part_without_a_known_checksum(folder):
             found = load_part(folder, 3, meta | {"sha256": [file_hash(path)] * N}, family)
             assert all((found[name] == want[name]).all() for name in want)
         except ValueError as error:
-            assert "\n" not in str(error) and "task-003.npz is not a whole part" in str(error)
+            assert "\n" not in str(error) and "task-003.npz is not a whole file" in str(error)
             named += 1
     assert named > len(places) / 2
 
@@ -305,16 +308,6 @@ def test_ids_out_of_range(folder, paper_data, name, value):
 def test_part_that_lacks_an_array(folder):
     rewrite(folder, query_actions=None)
     refused(folder, "query_actions")
-
-
-class Trap:
-    """Unpickling one would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("whole", [False, True])

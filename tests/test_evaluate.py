@@ -6,7 +6,6 @@ Run: pytest tests/test_evaluate.py
 """
 
 import csv
-import json
 import math
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from evaluate import Evaluation, Returns, evaluate_run, play, print_table
 from figures import interval
 from support import checkpoint
 from support.command_line import parse_evaluation
+from support.files import save_json
 
 RIGHT, LEFT, UP, DOWN, STAY = range(5)
 SUMMARY = (
@@ -186,7 +186,7 @@ def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     own = {"history": 2} if name == "ad" else {"prompt": "last"}
     row = evaluate(trained[name], episodes=3, play_seed=5, results=tmp_path, **own)
     header = checkpoint.read(trained[name])[1]
-    tasks = checkpoint.read_tasks(trained[name], "darkroom")["test"]
+    tasks = checkpoint.read_tasks(trained[name], "darkroom").test
     want = play("darkroom", tasks, policy_of(trained[name], play_seed=5)[0], 3)
     values, named = returns_of(tmp_path)
     assert (values == want).all() and named == [f"{x} {y}" for x, y in tasks] and len(tasks) == 4
@@ -206,7 +206,7 @@ def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     assert float(line["random_return"]) == pytest.approx(floor, abs=0.005)
     backbone = KINDS[name][0]
     facts = [line[column] for column in ("backbone", "moe", "routing", "steps", "episodes")]
-    assert facts == [backbone, "both", "prefix", "3", "3"] and float(header["seconds"]) > 0
+    assert facts == [backbone, "both", "prefix", "3", "3"] and header.seconds > 0
     assert line["paper_return"] == {"ad": "90.9", "dpt": "78.3"}[backbone]
     printed = capsys.readouterr().out
     for text in (str(picture), line["last_return"], line["paper_return"]):
@@ -226,7 +226,7 @@ def test_one_row_of_summary_for_each_evaluation(trained, tmp_path):
 
 def test_split_repeats_and_places(trained, tmp_path):
     evaluate(trained["ad"], episodes=1, split="train", results=tmp_path / "train")
-    tasks = checkpoint.read_tasks(trained["ad"], "darkroom")["train"]
+    tasks = checkpoint.read_tasks(trained["ad"], "darkroom").train
     assert returns_of(tmp_path / "train")[1] == [f"{x} {y}" for x, y in tasks] and len(tasks) == 8
     evaluate(trained["last"], episodes=1, repeats=3, results=tmp_path / "thrice")
     assert len(returns_of(tmp_path / "thrice")[0]) == 12
@@ -338,7 +338,7 @@ def reacher(tmp_path_factory):
         hashes.append(file_hash(folder / part_name(i)))
     known = {"random": [10.0, 20.0], "teacher": [300.0, 500.0], "highest": [301.0, 501.0]}
     meta = describe_dataset(cfg) | {"reference": {"test": known}, "sha256": hashes}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    save_json(folder / "meta.json", meta)
     with trainer(cfg) as fit:
         return fit(tmp_path_factory.mktemp("reacher") / "run", steps=1)
 
@@ -359,7 +359,7 @@ class Hand(Script):
 
 
 def test_success_of_reach_is_played_and_reported(reacher, tmp_path, monkeypatch, capsys):
-    tasks = checkpoint.read_tasks(reacher, "reach")["test"]
+    tasks = checkpoint.read_tasks(reacher, "reach").test
     monkeypatch.setattr(DPT, "policy", lambda *_: Hand(tasks[0]))
     row = evaluate(reacher, episodes=2, results=tmp_path)
     (path,) = set(tmp_path.glob("*.csv")) - {tmp_path / "summary.csv"}

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from support import files
 from support.files import (
+    Damaged,
     load_optimizer,
     load_tensors,
     need_space,
@@ -79,7 +80,7 @@ def test_tensors_and_header_come_back(tmp_path):
     path = tmp_path / "new" / "x.safetensors"
     save_tensors(path, tensors(), ABOUT)
     loaded, about = load_tensors(path)
-    assert about.pop("crc").isdigit() and about == ABOUT
+    assert about == ABOUT
     assert loaded.keys() == tensors().keys()
     for name, value in tensors().items():
         assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype, name
@@ -112,13 +113,13 @@ def test_same_content_same_bytes(tmp_path):
     assert (tmp_path / "x").read_bytes() not in blobs
 
 
-def test_any_damaged_byte_of_the_tensors_is_noticed(tmp_path):
+def test_any_damaged_byte_is_noticed(tmp_path):
     path = tmp_path / "x.safetensors"
     save_tensors(path, tensors(), ABOUT)
     blob = path.read_bytes()
     start = 8 + int.from_bytes(blob[:8], "little")
     assert len(blob) - start > 200
-    for place in (0, 5, 8, *range(start, len(blob))):  # and of the header's length and beginning
+    for place in range(len(blob)):  # of the header too: names, places, what is said about them
         path.write_bytes(blob[:place] + bytes([blob[place] ^ 0x10]) + blob[place + 1 :])
         with pytest.raises(ValueError, match="damaged") as error:
             load_tensors(path)
@@ -153,7 +154,7 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged") as error:
+    with pytest.raises(Damaged, match=r"damaged|missing") as error:
         load_tensors(path)
     one_line(error, path)
 
@@ -389,7 +390,9 @@ def test_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", usage)
     folder = tmp_path / "not" / "there" / "yet"
     need_space(folder, 2e9)
-    with pytest.raises(ValueError, match=r"about 2\.5 GB and 2\.0 GB are free: make room") as error:
+    with pytest.raises(
+        ValueError, match=r"about 2\.50GB, and 2\.00GB are free: make room"
+    ) as error:
         need_space(folder, 2.5e9)
     one_line(error, folder)
     assert asked == [tmp_path] * 2 and not (tmp_path / "not").exists()

@@ -149,7 +149,7 @@ EDITS = (
     Edit("dpt.py", 'return {"imitation": imitation, ', TAME),
     # a setting: its declaration (and its type's import); its use is the line above
     Edit("dpt.py", '"""With the query last: share of queries that see no prompt."""', SETTING),
-    Edit("dpt.py", "from config import Config, Count, ", "NotNegative, "),
+    Edit("dpt.py", "from config import Config, ", "NotNegative, "),
 )
 
 
@@ -299,7 +299,7 @@ def test_a_family_of_ones_own(here, name, backbone, monkeypatch, capsys):
     ended("evaluate.py", "run", "--env", env, "--split", "train", "--results", "results")
     with open(here / "results" / "summary.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    tasks = checkpoint.read_tasks("run", env)["train"]
+    tasks = checkpoint.read_tasks("run", env).train
     assert (row["env"], row["paper_return"], row["success"]) == (env, "", "")
     assert np.isfinite([float(row["teacher_return"]), float(row["random_return"])]).all()
     if name == "chain.py":

@@ -231,7 +231,7 @@ def test_names_headers_and_shapes(whole):
         with safe_open(folder / name, framework="pt") as file:
             about = file.metadata()
         assert about.pop("crc").isdigit()
-        assert about == {"t2mir": "1", "kind": "ppo", "step": str(int(name[5:15]))}
+        assert about == {"t2mir": "2", "kind": "ppo", "step": str(int(name[5:15]))}
         shapes = {key: tuple(value.shape) for key, value in load_file(folder / name).items()}
         weights = {"w0": (1, 2, 64), "w1": (1, 64, 64), "w2": (1, 64, 2)}
         assert shapes == {
@@ -244,7 +244,7 @@ def test_names_headers_and_shapes(whole):
     with safe_open(folder / STATE, framework="pt") as file:
         about = file.metadata()
     assert (about["t2mir"], about["step"], json.loads(about["settings"])) == (
-        "1",
+        "2",
         "256",
         settings(SMALL),
     )
@@ -480,15 +480,15 @@ def test_foreign_state_is_named(copy, about):
 
 def test_state_of_another_kind_or_format_is_named(copy):
     shutil.copy(copy / "step-0000000064.safetensors", copy / STATE)
-    refused(copy, "no ppo-state of format 1")
+    refused(copy, "no ppo-state of format 2")
     about = {
-        "t2mir": "2",
+        "t2mir": "1",
         "kind": "ppo-state",
         "step": "64",
         "settings": json.dumps(settings(SMALL)),
     }
     files.save_tensors(copy / STATE, {"a": torch.zeros(3)}, about)
-    refused(copy, "no ppo-state of format 1")
+    refused(copy, "no ppo-state of format 2")
 
 
 @pytest.mark.parametrize(

@@ -430,7 +430,7 @@ def test_names_headers_and_contents(whole):
         with safe_open(policy_file(folder, step), framework="pt") as file:
             about = file.metadata()
         assert about.pop("crc").isdigit() and about == {
-            "t2mir": "1",
+            "t2mir": "2",
             "kind": "sac",
             "step": str(step),
         }
@@ -655,7 +655,7 @@ def test_damaged_state_is_named(copy, damage):
 
 def test_state_of_another_kind_is_named(copy):
     shutil.copy(policy_file(copy, 40), copy / STATE)
-    refused(copy, "no sac-state of format 1")
+    refused(copy, "no sac-state of format 2")
 
 
 @pytest.mark.parametrize(

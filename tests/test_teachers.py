@@ -27,6 +27,7 @@ from data import load_dataset, part_name
 from envs import get_family, make_batch, random_returns, split_tasks
 from families.point_robot import point_robot_move
 from support import files
+from support.files import Damaged
 from teachers import rollouts
 from teachers import teachers as module
 from teachers.ppo import PPOConfig
@@ -39,9 +40,9 @@ from teachers.teachers import (
     algorithm,
     checkpoints,
     groups_of,
+    load_levels,
     teachers_folder,
     train_group,
-    train_teachers,
 )
 
 LONG = 400  # seconds until a test gives up, on a machine that does other things too
@@ -111,7 +112,7 @@ def test_settings_override_the_tables():
     }
     assert trained_by("cheetah-vel", **given) == replace(PAPER["cheetah-vel"], **given)
     assert trained_by("point-robot", steps=400).replay == 400  # it holds all of the training
-    assert trained_by("cheetah-vel", steps=400, save_every=200).replay == 10_000
+    assert trained_by("cheetah-vel", steps=400, save_every=200, warmup=9).replay == 10_000
     given = {"steps": 5000, "save_every": 3000, "batch": 32, "lr": 0.01}
     assert trained_by("reach", **given) == replace(PAPER["reach"], **given)
 
@@ -299,7 +300,7 @@ def test_damaged_checkpoint_is_named(tmp_path, how):
     load_policies(tmp_path, [20])
     with pytest.raises(ValueError) as error:
         load_policies(tmp_path, [20, 40], 0)
-    one_line(error, policy_file(tmp_path, 40), f"delete {tmp_path} to train")
+    one_line(error, policy_file(tmp_path, 40), "trains it anew")
 
 
 # ---------------------------------------------------------------------------------------- roll-outs
@@ -943,60 +944,88 @@ def again(cfg, point_config, part):
     unchanged(cfg.data.datasets, kept)
 
 
+def redone(cfg, point_config, path, kept):
+    """The damaged file is named and set aside, everything is as it was; files `kept` stand."""
+    when = {path: path.stat().st_mtime_ns for path in kept}
+    with at_home():
+        collect(cfg, quiet=True)
+    aside = path.with_name(f"{path.name}.damaged")
+    assert aside.exists()
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    assert everything(cfg.data.datasets) == everything(point_config.data.datasets)
+    assert {path: path.stat().st_mtime_ns for path in kept} == when
+
+
 @pytest.mark.parametrize("complete", [True, False])
-def test_damaged_part_is_named_and_redone_alone(cfg, point_config, complete):
+def test_damaged_part_is_named_and_redone_alone(cfg, point_config, complete, capsys):
     folder = dataset_folder(cfg)
-    flip(folder / "task-002.npz", 0.3)
+    path = folder / "task-002.npz"
+    flip(path, 0.3)
     if complete:
         with pytest.raises(ValueError) as error:
             load_dataset(folder)
-        one_line(error, "task-002.npz is damaged", "delete that file")
+        one_line(error, "task-002.npz is damaged", "redoes it alone")
     else:
         (folder / "meta.json").unlink()
-        fails(cfg, "task-002.npz is not a whole part", "delete that file")
-    (folder / "task-002.npz").unlink()
-    again(cfg, point_config, ".npz")
+    others = [p for p in folder.glob("*.npz") if p != path]
+    redone(cfg, point_config, path, [*others, *teachers_of(cfg).glob("*/step-*")])
+    assert str(path) in capsys.readouterr().err
 
 
-def test_any_flipped_byte_of_levels_is_named_or_harmless(cfg):
+def test_any_flipped_byte_of_levels_is_noticed_or_harmless(cfg):
     """The checksums of the archive's members find it; a time stamp says nothing."""
-    train, test = split_of(cfg)
     path, outcomes = teachers_of(cfg) / "group-001" / "levels.npz", Counter()
-    whole, want = path.read_bytes(), levels_of(cfg)["sampled"].mean(2)
+    train, test = split_of(cfg)
+    group = groups_of("point-robot", cfg.teachers, train + test, teachers_of(cfg))[1]
+    whole, want = path.read_bytes(), load_levels(group)
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            root, tasks = Path(cfg.data.datasets), train + test
-            found = train_teachers(root, "point-robot", cfg.teachers, tasks, cfg.work, quiet=True)
-            assert (found.sampled == want).all()
+            found = load_levels(group)
+            assert all((found[name] == want[name]).all() for name in want)
             outcomes["harmless"] += 1
-        except ValueError as error:
-            assert (
-                "\n" not in str(error)
-                and f"{path} is damaged" in str(error)
-                and "delete it" in str(error)
-            )
+        except Damaged as error:
+            assert "\n" not in str(error) and str(path) in str(error)
             outcomes["named"] += 1
     assert outcomes["named"] > outcomes["harmless"]
 
 
-@pytest.mark.parametrize("how", ["empty", "shorter", "garbage"])
-def test_damaged_levels_are_named_and_measured_alone(cfg, point_config, how):
+@pytest.mark.parametrize("how", ["empty", "shorter", "garbage", "not finite", "other shape"])
+def test_damaged_levels_are_named_and_measured_alone(cfg, point_config, how, capsys):
     path = teachers_of(cfg) / "group-002" / "levels.npz"
     shutil.rmtree(dataset_folder(cfg))
-    DAMAGE[how](path)
-    fails(cfg, f"{path} is damaged", "delete it to measure")
-    path.unlink()
-    again(cfg, point_config, "group-")
+    with np.load(path) as file:
+        levels = dict(file)
+    if how == "not finite":
+        levels["sampled"][0, 0, 0] = np.nan
+        files.save_arrays(path, levels)
+    elif how == "other shape":
+        files.save_arrays(path, levels | {"mean": levels["mean"][1:]})
+    else:
+        DAMAGE[how](path)
+    redone(cfg, point_config, path, [*teachers_of(cfg).glob("*/step-*")])
+    assert str(path) in capsys.readouterr().err
 
 
-def test_damaged_checkpoint_is_named_and_its_group_redone_alone(cfg, point_config):
+@pytest.mark.parametrize("how", ["flipped number", "empty", "no policies"])
+def test_damaged_checkpoint_is_named_and_its_group_redone_alone(cfg, point_config, how, capsys):
     path = policy_file(teachers_of(cfg) / "group-001", 160)
     shutil.rmtree(dataset_folder(cfg))
-    flip(path, 0.9)
-    fails(cfg, path, f"delete {path.parent} to train")
-    shutil.rmtree(path.parent)
-    again(cfg, point_config, "group-")
+    DAMAGE[how](path)
+    others = [p for p in teachers_of(cfg).glob("*/*") if p.is_file() and "group-001" not in str(p)]
+    others = [p for p in others if p.name != ".lock"]
+    redone(cfg, point_config, path, [*others, path.parent / "levels.npz"])
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_removed_checkpoint_is_trained_again(cfg, point_config):
+    """Also where the state has gone past it."""
+    path = policy_file(teachers_of(cfg) / "group-001", 160)
+    shutil.rmtree(dataset_folder(cfg))
+    path.unlink()
+    with at_home():
+        collect(cfg, quiet=True)
+    assert everything(cfg.data.datasets) == everything(point_config.data.datasets)
 
 
 def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatch):

@@ -71,14 +71,20 @@ def test_train_csv(fit, tmp_path, backbone):
     assert 0 <= float(found[1]["return_train"]) <= 100
 
 
+def begun(folder, step, seen=None):
+    log = Log(folder, step, seen)
+    log.begin(tensorboard=False)
+    return log
+
+
 def test_a_column_that_comes_later_is_added_to_all_rows(tmp_path):
-    log = Log(tmp_path, 0, tensorboard=False)
+    log = begun(tmp_path, 0)
     log.row({"step": 1, "loss": 0.5})
     log.row({"step": 2, "loss": 0.25, "return_test": 3.0})
     log.row({"step": 3, "loss": 0.125})
     want = [("1", "0.5", ""), ("2", "0.25", "3"), ("3", "0.125", "")]
     assert [tuple(row.values()) for row in rows(tmp_path)] == want
-    again = Log(tmp_path, 2, tensorboard=False)  # resumed: row 3 is one that its checkpoint lacks
+    again = begun(tmp_path, 2)  # resumed: row 3 is one that its checkpoint lacks
     again.row({"step": 3, "loss": 1.0, "new": 7})
     assert [tuple(row.values()) for row in rows(tmp_path)] == [
         ("1", "0.5", "", ""),
@@ -89,7 +95,7 @@ def test_a_column_that_comes_later_is_added_to_all_rows(tmp_path):
 
 def test_train_csv_is_never_shorter_than_its_checkpoint(tmp_path, monkeypatch):
     """A kill at any moment of a resumed run's start: the rows are in the file, old or new."""
-    Log(tmp_path, 0, tensorboard=False).row({"step": 1, "loss": 0.5})
+    begun(tmp_path, 0).row({"step": 1, "loss": 0.5})
     with open(tmp_path / "train.csv", "a") as file:
         file.write("2,0.25\n3,0.1\n4,")  # of the last row only a part came to the disk
 
@@ -105,7 +111,7 @@ def test_train_csv_is_never_shorter_than_its_checkpoint(tmp_path, monkeypatch):
     for moment in (csv.DictWriter.writeheader, csv.DictWriter.writerows):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(csv.DictWriter, moment.__name__, dies)
-            Log(tmp_path, 3, tensorboard=False)
+            begun(tmp_path, 3)
     assert len(set(seen)) == 1 and seen[0].splitlines() == [
         "step,loss",
         "1,0.5",
@@ -114,8 +120,28 @@ def test_train_csv_is_never_shorter_than_its_checkpoint(tmp_path, monkeypatch):
         "4,",
     ]
     assert (tmp_path / "train.csv").read_text() == seen[0]
-    Log(tmp_path, 3, tensorboard=False)
+    begun(tmp_path, 3)
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+
+
+def test_rows_that_a_checkpoint_has_seen_are_known_again(tmp_path):
+    """A flipped digit of train.csv is named; a late column and a lost file are no damage."""
+    log = begun(tmp_path, 0)
+    log.row({"step": 1, "loss": 0.5})
+    log.row({"step": 2, "loss": 0.25})
+    seen = log.checksum
+    log.row({"step": 3, "loss": 0.2, "return_test": 3.0})
+    assert begun(tmp_path, 2, seen).checksum == seen
+    path = tmp_path / "train.csv"
+    text = path.read_text()
+    for wrong in (text.replace("0.25", "0.35"), text.replace("loss", "lost"), text[:12], "\0,\n"):
+        path.write_text(wrong)
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"train.csv is damaged: .*move it away") as error:
+            Log(tmp_path, 2, seen)
+        assert "\n" not in str(error.value) and path.read_bytes() == before
+    path.unlink()
+    Log(tmp_path, 2, seen)
 
 
 def test_rows_of_several_steps_are_their_means(fit, tmp_path):
@@ -153,7 +179,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(fit, tmp_path, monkeypatch):
     assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
     assert all(value.isfinite().all() for value in tensors(tmp_path / "run").values())
     cpu = torch.device("cpu")
-    assert checkpoint.load_method(tmp_path / "run", cpu)[1]["step"] == "2"
+    assert checkpoint.load_method(tmp_path / "run", cpu)[1].step == 2
     resumed = fit(tmp_path / "run", **calm, resume=True)
     assert differing(resumed, fit(tmp_path / "calm", **calm)) == []
 

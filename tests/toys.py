@@ -3,7 +3,6 @@
 A *layout* says which tokens there are: "ad" (Eq. 9), or DPT with its query "first" or "last".
 """
 
-import json
 from dataclasses import replace
 from itertools import product
 
@@ -19,6 +18,7 @@ from evaluate import play
 from families.darkroom import BatchedDarkRoom
 from methods import Method, get_method
 from models import T2MIR
+from support.files import save_json
 from support.settings import flat, groups_of, with_values
 
 T, N, A = 3, 6, 3  # steps of an episode, of a prompt (two episodes); actions
@@ -206,8 +206,10 @@ def write_continuous(folder, env: str, family: Family, tasks=2, episodes=4, quer
         np.savez_compressed(path, **{k: v.astype(np.float32) for k, v in arrays.items()})
         hashes.append(file_hash(path))
     meta = {"format": FORMAT, "env": env, "data_episodes": episodes, "data_queries": queries}
-    meta |= {"train_tasks": list(range(tasks)), "sha256": hashes}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    trained = [[0.1 * task] * family.task_numbers for task in range(tasks)]
+    held_out = [[0.9] * family.task_numbers]
+    meta |= {"train_tasks": trained, "test_tasks": held_out, "sha256": hashes}
+    save_json(folder / "meta.json", meta)
 
 
 # -------------------------------------------------------------------------------------------- games

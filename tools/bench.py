@@ -17,6 +17,11 @@ is its own.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
 import json
 import multiprocessing
 import os

@@ -23,6 +23,11 @@ made because a file names it (Minari would, to learn its spaces; such files are 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
 import hashlib
 import json
 import os
@@ -41,7 +46,7 @@ from tyro.conf import Positional
 from data import ARRAYS, FORMAT, file_hash, load_dataset, load_part, part_name
 from envs import Family, check_tasks, get_family, make_env, split_tasks
 from support.command_line import one_line
-from support.files import need_space, progress, save_arrays, write_atomically
+from support.files import need_space, progress, remove_left_behind, save_arrays, save_json
 
 EPISODE = ("states", "actions", "rewards")  # the arrays that Minari holds
 
@@ -65,6 +70,7 @@ def _refuse_existing(folder: Path) -> None:
 @contextmanager
 def _all_or_nothing(folder: Path, inside: str = "") -> Iterator[Path]:
     """A temporary folder; at the end, if all went well, `inside` of it becomes `folder`."""
+    remove_left_behind(folder.parent, folder.name)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -204,7 +210,7 @@ def import_minari(
         for i, part in enumerate(parts):
             save_arrays(folder / part_name(i), part)
         meta["sha256"] = [file_hash(folder / part_name(i)) for i in range(len(parts))]
-        write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+        save_json(folder / "meta.json", meta)
         try:
             load_dataset(folder, meta["env"])  # what it refuses does not come to be
         except ValueError as error:
@@ -253,6 +259,10 @@ def _exported(source: Path, datasets: dict, env: str | None) -> tuple[dict, list
             part = {key: part[key].astype(origin["types"][key]) for key in ARRAYS}
             if _checksum(part, origin["task"], origin["meta"]) != origin["checksum"]:
                 raise ValueError("its checksum differs")
+            named, number = origin["meta"]["env"], origin["task"]
+            if not isinstance(named, str) or not isinstance(number, int):
+                raise ValueError("it names no environment or no task")
+            list(origin["meta"]["train_tasks"])
         except Exception as error:  # a missing entry or file, other shapes, no archive
             raise ValueError(f"{source / name} is not as it was exported ({error!r})") from None
         parts[origin["task"]] = part
@@ -323,7 +333,6 @@ def _foreign(
     meta = {
         "format": FORMAT,
         "env": env,
-        "recipe": "imported",
         "data_episodes": least,
         "data_queries": queries,
         "data_seed": seed,
