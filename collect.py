@@ -251,8 +251,11 @@ def teacher_algorithm(cfg: Collection) -> SACConfig | PPOConfig | None:
     env = cfg.data.env
     if get_family(env).teacher != "rule":
         return algorithm(env, cfg.teachers)
-    if cfg.teachers != Teachers():  # ignored in silence, they would seem to have had an effect
+    # ignored in silence, they would seem to have had an effect
+    if cfg.teachers != Teachers():
         raise ValueError(f"{env}'s teacher is a rule: it has no --teacher-... settings")
+    if cfg.work.cluster:
+        raise ValueError(f"{env}'s teacher is a rule, which needs no --cluster")
     return None
 
 

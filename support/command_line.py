@@ -26,6 +26,7 @@ from envs import FAMILIES, get_family
 from methods import get_method, names
 from support import distributed
 from support.checkpoint import load_config
+from support.files import end_bars
 from support.settings import (
     FREE,
     FREE_GROUPS,
@@ -211,10 +212,12 @@ def one_line(main: Callable[[], object], when_stopped: str) -> None:
         with by_exception():
             main()
     except Stop as stop:
+        end_bars()
         print(f"stopped; {when_stopped}", file=sys.stderr)
         raise SystemExit(stop.code) from None
     except (Exception, KeyboardInterrupt) as error:
         reason = in_one_line(error, when_stopped)
+        end_bars()
         if reason is None:
             raise
         raise SystemExit(f"error: {reason}") from None

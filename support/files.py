@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import safetensors.torch
@@ -40,10 +41,20 @@ from tqdm import tqdm
 
 from support.checked import Damaged, read_bytes, read_json
 
+_bars: WeakSet[tqdm] = WeakSet()  # those that are shown
+
 
 def progress(*args, **options) -> tqdm:
     """A progress bar; a line every 30 s where nobody watches (a log file)."""
-    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+    bar = tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+    _bars.add(bar)
+    return bar
+
+
+def end_bars() -> None:
+    """What is printed next begins on a line of its own."""
+    for bar in list(_bars):
+        bar.close()
 
 
 # -------------------------------------------------------------------------------------- whole files

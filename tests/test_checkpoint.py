@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -475,6 +476,77 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(fit, few, tmp_path, monk
         "train.csv",
     ]
     assert differing(fit(tmp_path / "run", resume=True), few) == []
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues(fit, few, tiny_config, tmp_path):
+    """The system refuses the checkpoint in the middle of its write."""
+    room = (few / FILE).stat().st_size // 2
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    process = start(command(tiny_config, tmp_path / "run"), preexec_fn=limited)
+    _, err = process.communicate(timeout=300)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and "Traceback" not in err
+    assert len(errors) == 1 and "no room on the disk for" in errors[0] and "--resume" in errors[0]
+    assert not (tmp_path / "run" / FILE).exists() and not list(tmp_path.rglob("*.tmp"))
+    assert differing(fit(tmp_path / "run", resume=True), few) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "binary", "deep"])
+def test_a_damaged_config_json_is_read_from_the_checkpoint(fit, few, copy, damage):
+    path = copy / "config.json"
+    text = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": text[:300],
+            "flip": text.replace(b'"lr": 0.001', b'"lr": 0.003'),
+            "binary": b"\xff\xfe\x00",
+            "deep": b"[" * 10**5,
+        }[damage]
+    )
+    assert path.read_bytes() != text
+    cfg = checkpoint.load_config(copy)
+    assert (cfg.training.lr, cfg.model.width) == (0.001, 16)
+    assert checkpoint.read_tasks(copy, "darkroom") == checkpoint.read_tasks(few, "darkroom")
+    fit(copy, resume=True)  # which writes it anew
+    assert checkpoint.read_run(copy)["settings"]["training"]["lr"] == 0.001
+    assert differing(copy, few) == []
+    path.write_bytes(text[:300])
+    (copy / FILE).unlink()
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        checkpoint.load_config(copy)
+
+
+HEADERS = {
+    "step": (lambda about: about.update(step="-5"), "step '-5'"),
+    "more steps": (lambda about: about.update(step="1000000000"), "step 1000000000 of 3"),
+    "seconds": (lambda about: about.update(seconds="nan"), "seconds 'nan'"),
+    "sums": (lambda about: about.update(sums="[1]"), "sums"),
+    "moments": (lambda about: about.update(moments='{"adamw": 3}'), "has moments of"),
+    "no step": (lambda about: about.pop("step"), "step is missing"),
+}
+TENSORS = {
+    "a moment": (lambda t: t.pop("optimizer.adamw.3.exp_avg"), "exp_avg is missing"),
+    "all of one": (
+        lambda t: [t.pop(n) for n in list(t) if n.startswith("optimizer.adamw.3.")],
+        "has moments of",
+    ),
+    "a stream": (lambda t: t.pop("random.batches"), "random.batches"),
+    "a mean": (lambda t: t.update({"states.mean": torch.zeros(3)}), "states.mean"),
+    "NaN": (lambda t: t["model.head.bias"].fill_(float("nan")), "head.bias holds numbers that are"),
+}
+
+
+@pytest.mark.parametrize("how", [*HEADERS, *TENSORS])
+def test_a_checkpoint_that_somebody_has_changed_is_refused(fit, copy, how):
+    """Its checksum fits: what it says cannot be."""
+    loaded, about = files.load_tensors(copy / FILE)
+    change_it, named = (HEADERS | TENSORS)[how]
+    change_it(about if how in HEADERS else loaded)
+    files.save_tensors(copy / FILE, loaded, about)
+    refused(fit, copy, re.escape(named), resume=True)
 
 
 def test_a_kill_after_resume_loses_no_rows(fit, few, copy, monkeypatch):

@@ -39,9 +39,11 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from config import Threads
 from data import Dataset, Prompt
 from envs import Family, get_family, make_env, sample_tasks
 from methods import Method, get_method
+from support.checked import validated
 from support.command_line import one_line, preset_config
 from support.files import write_atomically
 from support.settings import with_values
@@ -321,6 +323,11 @@ def bench(
     names = list(measurements())
     if only is not None and only not in names:
         raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(names)}")
+    validated(Threads, threads, "--threads: ")
+    if json_file:  # before the measurements, which take minutes
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        if Path(json_file).is_dir():
+            raise ValueError(f"--json {json_file} is a folder")
     rows = []
     for name in [only] if only else names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
