@@ -341,9 +341,10 @@ def state_of(place: Path) -> Any:
     return plain(tensors), step
 
 
-def plain(arrays: dict[str, Any]) -> dict[str, bytes]:
-    return {name: np.asarray(array.detach() if torch.is_tensor(array) else array).tobytes()
-            for name, array in arrays.items()}  # fmt: skip
+def plain(arrays: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Numbers of any kind, to be compared."""
+    numbers = {k: v.detach() if torch.is_tensor(v) else v for k, v in arrays.items()}
+    return [(name, np.asarray(numbers[name]).tobytes()) for name in sorted(numbers)]
 
 
 def played(run: Path) -> Any:
@@ -423,6 +424,11 @@ def main(
                 if ended(start(line, home)) != 0:
                     raise ValueError((home / "err.log").read_text())
         damage(campaign, flips, cuts)
+        torchrun(campaign)
+        both = ["train, AD", "collect, SAC, 2 workers", "train, DPT", "collect, a rule"]
+        for i in progress(range(pairs), desc="pairs", unit="pair"):
+            if not campaign.over():
+                campaign.pair(both[i % len(both)], i)
         names, number, done = list(SCRIPTS), 0, 0
         with (
             ThreadPoolExecutor(2) as pool,  # two commands at a time, as the machine has two cores
@@ -433,11 +439,6 @@ def main(
                 number += 2
                 done += sum(pool.map(lambda job: campaign.kill(*job), jobs))
                 bar.update(done - bar.n)
-        both = ["train, AD", "collect, SAC, 2 workers", "train, DPT", "collect, a rule"]
-        for i in progress(range(pairs), desc="pairs", unit="pair"):
-            if not campaign.over():
-                campaign.pair(both[i % len(both)], i)
-        torchrun(campaign)
         print(campaign.table.text())
     finally:
         if not keep:
