@@ -5,12 +5,14 @@ Run: pytest tests/test_train.py
 
 import csv
 import math
+import subprocess
+import sys
 import threading
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
-from commands import contents, start
+from commands import ROOT, contents, start
 from tiny import command, differing, rows, tensors, trainer
 
 import train
@@ -217,6 +219,32 @@ def test_a_run_has_one_writer(fit, tmp_path):
         with pytest.raises(SystemExit, match=r"error: another process is writing .*run"):
             fit(tmp_path / "run", resume=True, steps=3)
         assert contents(tmp_path / "run") == before
+
+
+# Traced and split as ever, but no C++ is compiled, which takes a minute a model.
+COMPILED = """
+import functools, runpy, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+runpy.run_path(sys.argv[0], run_name="__main__")
+from torch._dynamo.utils import counters
+assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+"""
+
+
+@pytest.mark.parametrize(("backbone", "moe"), product(("ad", "dpt"), ("both", "none")))
+def test_a_compiled_run_is_the_same_run(fit, tiny_config, tmp_path, backbone, moe):
+    """As far as rounding goes. In a process of its own: no shapes are checked there at run time."""
+    settings = {"moe": moe, "steps": 2, "task_center": True, "layers": 1}
+    want = tensors(fit(tmp_path / "plain", backbone, **settings))
+    argv = command(tiny_config, tmp_path / "run", backbone, compile=True, **settings)
+    code = COMPILED.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
+    process = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    got = tensors(tmp_path / "run")
+    assert got.keys() == want.keys()  # names of the plain model: the file does not tell
+    for name, value in want.items():
+        if name.startswith(("model.", "optimizer.")):
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_tensorboard_has_the_rows_of_train_csv(fit, tmp_path, monkeypatch):
