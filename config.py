@@ -151,6 +151,10 @@ class Training:
     """Steps in which the learning rate rises to it (official)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: falls to 0 along a cosine, or stays (official)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or Muon for the matrices of the blocks beside AdamW for all else (not the paper's)."""
+    muon_scale: Positive = 1.0
+    """With muon: its learning rate is so many times the other's."""
     beta2: BelowOne = 0.999
     """Second-moment decay of AdamW."""
     weight_decay: NotNegative = 1e-4

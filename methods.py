@@ -20,7 +20,8 @@ What is not said is as below, which fits a transformer that is trained by one Ad
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,9 +33,12 @@ from config import Config, Play, Training
 from data import Dataset
 from envs import Family
 from support.files import need_memory
+from support.muon import Muon
 from support.user_file import run_file
 
 HERE = Path(__file__).resolve().parent
+# by name: a matrix of a transformer's block, or a stack of experts' (not the routers)
+MUON_TAKES = re.compile(r"^blocks\..*(\.out\.weight|\.ff\.\d\.weight|\.weight[12])$")
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class NoSettings:
     """none of its own"""
 
 
-def adamw(model: nn.Module, cfg: Training) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices, not biases and norms.
+def adamw(model: nn.Module, cfg: Training, but: Collection[Tensor] = ()) -> torch.optim.AdamW:
+    """AdamW that decays weight matrices, not biases and norms; `but`: parameters left to others.
 
     Decay pulls towards zero, where a matrix does less; a bias or the scale of a norm would only be
     pulled off its place. The key router of Eq. 8 takes no gradient and no part.
     """
-    matrices, others = [], []
+    matrices, others, left_out = [], [], {id(parameter) for parameter in but}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in left_out:
             # Some biases are stacked, hence matrices: those of the experts and of the modalities.
             decayed = parameter.dim() >= 2 and "bias" not in name
             (matrices if decayed else others).append(parameter)
@@ -59,6 +63,28 @@ def adamw(model: nn.Module, cfg: Training) -> torch.optim.AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+def muon(model: nn.Module, cfg: Training) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of attention, feed-forward layers and experts, AdamW for the rest.
+
+    The rest: embeddings and the head, which are read row by row, routers, biases and norms.
+    """
+    qkv, others = [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith(".qkv.weight"):
+            qkv.append(parameter)
+        elif MUON_TAKES.search(name):
+            others.append(parameter)
+    scale = cfg.muon_scale
+    groups = [
+        {"params": qkv, "parts": 3, "lr_scale": scale},  # queries', keys' and values' matrices
+        {"params": others, "parts": 1, "lr_scale": scale},
+    ]
+    return {
+        "adamw": adamw(model, cfg, but=[*qkv, *others]),
+        "muon": Muon(groups, scale * cfg.lr, 0.95, cfg.weight_decay),
+    }
 
 
 class Method:
@@ -125,6 +151,8 @@ class Method:
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """All of them take a step after each batch, on the gradients of the summed loss."""
         # by name: a checkpoint keeps the moments of each under its own
+        if self.cfg.training.optimizer == "muon":
+            return muon(self.model, self.cfg.training)
         return {"adamw": adamw(self.model, self.cfg.training)}
 
     def play_name(self, play: Play) -> list[str]:
