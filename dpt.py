@@ -175,7 +175,7 @@ class DPT(Method):
 
     # Its settings join the command line (methods.py); its presets are Table 5's, "dpt" there.
     Model, Settings, Play = ModelSettings, DPTSettings, DPTPlay
-    try_next = "--prompt all of evaluate.py lets it remember every episode, not the last alone"
+    try_next = "--prompt all of evaluate.py, every episode its memory: train on --prompt-length 300"
 
     def network(self) -> DPTModel:
         last = self.cfg.method.query_position == "last"

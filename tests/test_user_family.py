@@ -210,6 +210,7 @@ BAD_FILES = [
     ("import nowhere_to_be_found", "line 1: ModuleNotFoundError: No module named 'nowhere"),
     ("from envs import Batch, nothing_such", "line 1: ImportError: cannot import name 'nothing"),
     ("import json\n\njson.loads('{')", "line 3: JSONDecodeError: Expecting property name"),
+    ("import sys\n\nsys.exit(3)", "line 3: SystemExit: 3"),
     ("raise RuntimeError('first\\nsecond')", "line 1: RuntimeError: first second"),
     ("from envs import Family\n\nA = Family('a')", r"line 3: TypeError: .* missing \d+ required"),
     (CART.replace("horizon=30", "horizon=0"), "ValueError: family 'cart': its sizes must be"),
@@ -243,6 +244,9 @@ def test_missing_file_is_one_line(tmp_path):
         (LEVERS, "return self.pulls.copy(), (", "return self.pulls[0], (", "step's states"),
         (LEVERS, "3), np.int64", "3), np.int32", "int64 of shape .*, not int32"),
         (CART, "rng.uniform(0.1, 0.5, count)], 1", "np.zeros(count)] * 2, 1", "sample_tasks of"),
+        (CART, "self.x = self.x + self.v", "self.x = self.y", r"line \d+: AttributeError: .*'y'"),
+        (CART, "self.tasks, self.rng =", "1 / 0; self.tasks, self.rng =", r"line \d+: ZeroDiv"),
+        (CART, "return np.stack([rng.uniform(-1", "return nothing([rng.uniform(-1", "NameError: "),
     ],
 )
 def test_wrong_batch_is_one_line_before_any_work(write, text, old, new, message):
