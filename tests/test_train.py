@@ -231,7 +231,7 @@ assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 """
 
 
-@pytest.mark.parametrize(("backbone", "moe"), product(("ad", "dpt"), ("both", "none")))
+@pytest.mark.parametrize(("backbone", "moe"), [*product(("ad", "dpt"), ("both", "none"))])
 def test_a_compiled_run_is_the_same_run(fit, tiny_config, tmp_path, backbone, moe):
     """As far as rounding goes. In a process of its own: no shapes are checked there at run time."""
     settings = {"moe": moe, "steps": 2, "task_center": True, "layers": 1}

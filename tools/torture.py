@@ -63,7 +63,7 @@ ROBOTS = (
     "--teacher-hidden 16 --teacher-batch 32 --teacher-group 3 --datasets data"
 )
 CHAINS = (
-    f"--env {ROOT / 'tests' / 'forks' / 'chain.py'} --train-tasks 3 --test-tasks 1 "
+    f"--env {next(ROOT.glob('tests/*/chain.py'))} --train-tasks 3 --test-tasks 1 "
     "--data-episodes 20 --data-queries 40 --teacher-steps 2000 --teacher-save-every 200 "
     "--datasets data"
 )
