@@ -13,7 +13,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from commands import ROOT, contents, start
-from tiny import command, differing, rows, tensors, trainer
+from tiny import command, differing, rows, settings, tensors, trainer
 
 import train
 from config import Training
@@ -23,6 +23,7 @@ from support import checkpoint
 from support.command_line import parse_config
 from support.files import only_writer
 from support.journal import Log
+from tools.bench import learning
 
 # fmt: off
 COLUMNS = [
@@ -245,6 +246,18 @@ def test_a_compiled_run_is_the_same_run(fit, tiny_config, tmp_path, backbone, mo
     for name, value in want.items():
         if name.startswith(("model.", "optimizer.")):
             torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_time_to_a_return(tiny_config, paper_folder):
+    """The bench trains as train.py does, and stops at the first evaluation that passes."""
+    small = settings(tiny_config, "dpt", steps=9, episodes=6) | {"data": str(paper_folder)}
+    for name in ("backbone", "preset", "seed", "env"):
+        del small[name]
+    easy = learning("darkroom", "dpt", -1.0, seeds=2, every=4, **small)
+    assert (easy["steps"], easy["tokens"], easy["passed"]) == (4, 4 * 4 * (3 * 100 + 4), 2)
+    assert easy["seconds"] > 0
+    never = learning("darkroom", "dpt", 101.0, seeds=1, every=4, **small)
+    assert (never["steps"], never["passed"]) == (math.inf, 0)
 
 
 def test_tensorboard_has_the_rows_of_train_csv(fit, tmp_path, monkeypatch):

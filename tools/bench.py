@@ -3,6 +3,7 @@
     python tools/bench.py                                  a table
     python tools/bench.py --json results/bench.json        and a file
     python tools/bench.py --only ad-darkroom-train --threads 1
+    python tools/bench.py --only learn-darkroom-dpt        training time to a return
 
 in : nothing        out: an object a measurement: name, tokens_per_s | seconds | env_steps_per_s |
                          updates_per_s; ceiling_share, peak_gb, threads, torch
@@ -26,8 +27,10 @@ import json
 import multiprocessing
 import os
 import resource
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,13 +45,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from config import Threads
 from data import Dataset, Prompt
 from envs import Family, get_family, make_env, sample_tasks
+from evaluate import play
 from methods import Method, get_method
 from support.checked import validated
 from support.command_line import one_line, preset_config
 from support.files import write_atomically
 from support.settings import with_values
 from teachers.sac import Replay, SACConfig, StackedSAC
-from train import training_step
+from train import draw, get_data, set_learning_rate, training_step
+from train import make_method as make_trained
 
 
 # ------------------------------------------------------------------------------- how it is measured
@@ -181,6 +186,39 @@ def playing(env: str, backbone: str, tasks: int, history: int, **changes) -> dic
     return {"seconds": seconds_of(episode), "peak_gb": peak_gb()}
 
 
+# ----------------------------------------------------------------------------------------- learning
+def learning(
+    env: str, backbone: str, passes: float, seeds: int = 3, every: int = 100, **changes
+) -> dict[str, float]:
+    """How long the preset `cpu` trains until held-out tasks return more than `passes`.
+
+    Means over the seeds that get there, `passed` of them; what evaluations take is left out. A
+    return is that of the last five episodes of an evaluation, looked at after `every` steps.
+    """
+    found = []
+    for seed in range(seeds):
+        cfg = replace(preset_config("cpu", env, backbone), seed=seed)
+        cfg = with_values(cfg, changes)
+        dataset = get_data(cfg)  # collected where it is not there yet
+        method = make_trained(cfg, torch.device("cpu"))
+        method.state_mean, method.state_std = dataset.state_mean, dataset.state_std
+        rng, seconds = torch.Generator().manual_seed(seed + 1), 0.0  # as train.py draws
+        for step in range(cfg.training.steps):
+            if step and step % every == 0:
+                policy, tasks = method.policy(cfg.play), dataset.meta["test_tasks"]
+                if play(env, tasks, policy, cfg.play.episodes)[:, -5:].mean() > passes:
+                    tokens = step * cfg.training.batch * method.tokens()
+                    found.append((seconds, step, tokens))
+                    break
+            before = time.perf_counter()
+            method.model.train()
+            set_learning_rate(method, step)
+            training_step(method, draw(method, dataset, rng))
+            seconds += time.perf_counter() - before
+    seconds, steps, tokens = np.mean(found, 0) if found else (np.inf,) * 3
+    return {"seconds": seconds, "steps": steps, "tokens": tokens, "passed": len(found)}
+
+
 # ------------------------------------------------------------------------------------- environments
 def stepping(env: str, way: str, rows: int = 20, steps: int = 60) -> dict[str, float]:
     """Steps a second of `rows` tasks with random actions; `threads` alone uses more than a core."""
@@ -281,6 +319,7 @@ STEPPED = [  # family, ways to step many tasks
     ("reach", ("plain", "batched")),
     ("push", ("plain", "batched")),
 ]
+LEARNED = [("dpt", "darkroom", 70.0), ("ad", "darkroom", 70.0)]  # only when named: many minutes
 UPDATED = [("stacked", sac_stacked), ("sb3", sac_sb3)]
 
 
@@ -297,6 +336,8 @@ def measurements() -> dict[str, Callable[[], dict[str, float]]]:
         named |= {f"env-{env}-{way}": partial(stepping, env, way) for way in ways}
     for hidden in (128, 256):
         named |= {f"sac-{hidden}-{name}": partial(updating, way, hidden) for name, way in UPDATED}
+    for backbone, env, passes in LEARNED:
+        named[f"learn-{env}-{backbone}"] = partial(learning, env, backbone, passes)
     return named
 
 
@@ -317,7 +358,7 @@ def bench(
 
     Args:
         json_file: also write the measurements to this file.
-        only: the name of one measurement.
+        only: the name of one measurement; learn-darkroom-dpt and -ad are made only so.
         threads: CPU threads; 0: all cores.
     """
     names = list(measurements())
@@ -329,7 +370,7 @@ def bench(
         if Path(json_file).is_dir():
             raise ValueError(f"--json {json_file} is a folder")
     rows = []
-    for name in [only] if only else names:
+    for name in [only] if only else [name for name in names if not name.startswith("learn-")]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             row = pool.submit(measure, name, threads or os.cpu_count() or 1).result()
         rows.append(row)
