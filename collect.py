@@ -26,7 +26,6 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -175,7 +174,7 @@ def make_room(folder: Path, meta: dict) -> None:
     try:
         hashes = known_hashes(folder, meta)
     except Damaged as error:  # the parts have checksums of their own: they may well be whole
-        give_way(folder / "meta.json", error)
+        set_aside(folder / "meta.json", str(error).split("; ")[0])
         hashes = known_hashes(folder, meta)
     for i, sha256 in enumerate(hashes):
         path = folder / part_name(i)
@@ -186,13 +185,7 @@ def make_room(folder: Path, meta: dict) -> None:
         try:
             load_part(folder, i, {**meta, "sha256": {i: known}}, get_family(meta["env"]))
         except Damaged as error:
-            give_way(path, error)
-
-
-def give_way(path: Path, error: Damaged) -> None:
-    """Set a damaged file aside, and say so."""
-    reason = str(error).split("; ")[0]
-    print(f"{reason}: it is made anew; the old one is {set_aside(path).name}", file=sys.stderr)
+            set_aside(path, str(error).split("; ")[0])
 
 
 def split_of(cfg: Collection) -> tuple[list, list]:

@@ -62,10 +62,15 @@ class Damaged(ValueError):
     """A file is not what was written: one line that names it and says what is wrong with it."""
 
 
-def read_bytes(path: Path) -> bytes:
-    """All bytes of a file. Raises Damaged for what is none: a folder, or a pipe that would wait."""
+def check_file(path: Path) -> None:
+    """Raises Damaged for what is no file: a folder, or a pipe that would wait."""
     if not path.is_file():
         raise Damaged(f"{path} is {'no file' if path.exists() else 'missing'}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a file. Raises Damaged where it cannot be read."""
+    check_file(path)
     try:
         return path.read_bytes()
     except OSError as error:

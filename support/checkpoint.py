@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import MinLen
 from pydantic import Json
 from torch import Tensor
 
 from config import Config, CountOrZero, Finite, NotNegative
 from data import Reference, check_reference
-from envs import check_split, get_family
+from envs import TaskFile, check_split, get_family
 from methods import Method, get_method
 from support.checked import validated, validated_strings
 from support.files import (
@@ -67,11 +66,9 @@ class Header:
 
 # ------------------------------------------------------------------------------------- config.json
 @dataclass(frozen=True)
-class TaskSplit:
+class TaskSplit(TaskFile):
     """The tasks of a run, and what is known of them."""
 
-    train: Annotated[list[Any], MinLen(1)]
-    test: Annotated[list[Any], MinLen(1)]
     reference: Reference | None = None
 
 

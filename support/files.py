@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from support.checked import Damaged, read_bytes, read_json
+from support.checked import Damaged, check_file, read_bytes, read_json
 
 _bars: WeakSet[tqdm] = WeakSet()  # those that are shown
 
@@ -96,14 +96,14 @@ def _alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def set_aside(path: Path) -> Path:
-    """Make room for a new file or folder: the old one is renamed. Returns its new name."""
+def set_aside(path: Path, reason: str) -> None:
+    """Make room for a new file or folder: the old one is renamed, and the user told so, and why."""
     aside, number = path.with_name(f"{path.name}.damaged"), 1
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.damaged{number}")
     path.rename(aside)
-    return aside
+    print(f"{reason}: it is made anew; the old one is {aside.name}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------- JSON
@@ -158,8 +158,7 @@ def load_arrays(path: Path, wanted: Wanted) -> dict[str, np.ndarray]:
 
     Raises Damaged with one line for anything else.
     """
-    if not path.is_file():
-        raise Damaged(f"{path} is {'no file' if path.exists() else 'missing'}")
+    check_file(path)
     try:
         headers = _headers(path)
         stored = {name: headers[name] for name in wanted}

@@ -28,7 +28,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -302,11 +301,7 @@ def train_teachers(
         with only_writer(folder):
             for group in missing:
                 for path, reason in damage_of(group).items():
-                    print(
-                        f"{reason}: its group is trained or measured anew; the old file is "
-                        f"{set_aside(path).name}",
-                        file=sys.stderr,
-                    )
+                    set_aside(path, reason)
             with bar_of(written, total, title, "checkpoint", quiet) as watch:
                 run_jobs(train_group, missing, work.workers, work.cluster, watch)
     return read_levels(env, groups, steps)

@@ -935,15 +935,6 @@ def fails(cfg, *parts):
     one_line(error, *parts)
 
 
-def again(cfg, point_config, part):
-    """Collected anew: the same bytes; files with `part` in their names are not written again."""
-    kept = written(cfg.data.datasets, part)
-    with at_home():
-        collect(cfg, quiet=True)
-    assert everything(cfg.data.datasets) == everything(point_config.data.datasets)
-    unchanged(cfg.data.datasets, kept)
-
-
 def redone(cfg, point_config, path, kept):
     """The damaged file is named and set aside, everything is as it was; files `kept` stand."""
     when = {path: path.stat().st_mtime_ns for path in kept}
