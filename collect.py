@@ -112,7 +112,7 @@ def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: b
     # held-out tasks have teachers too: evaluations compare with their returns
     work = replace(cfg.work, workers=cfg.work.workers or os.cpu_count() or 1)
     root = Path(data.datasets)
-    teachers = train_teachers(root, data.env, cfg.teachers, train + test, work, quiet)
+    teachers = train_teachers(root, data.env, cfg.teachers, train + test, work, quiet, len(train))
     if not quiet:
         print(describe(teachers, train + test))
 

@@ -54,6 +54,7 @@ Recipe = Literal["paper", "explore", "wander"]
 Preset = Literal["auto", "paper", "cpu"]
 Actions = Literal["sample", "greedy"]
 First = Literal["policy", "random"]
+Whose = Literal["each", "siblings", "one"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Data:
 class Teachers:
     """teachers: the RL policies that make the data (Tables 2, 3); 0: the paper's value"""
 
+    teacher: Whose = "each"
+    """each: one policy a task (paper). siblings: from the same weights and draws. one: for all."""
     teacher_steps: CountOrZero = 0
     """Environment steps of each task's SAC or PPO (training steps, total_timesteps)."""
     teacher_save_every: CountOrZero = 0

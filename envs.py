@@ -59,6 +59,7 @@ class Batch(Protocol):
 
     rng: np.random.Generator  # all that is random; whoever replaces it seeds the batch anew
     success: np.ndarray | None  # (N,) bool: has the running episode succeeded? None: it cannot
+    outcome: np.ndarray  # (N, m) float32, where the family has a `reward`: what it reads of a step
     family: Family  # set by `make_batch`
 
     def reset(self) -> np.ndarray:
@@ -100,6 +101,9 @@ class Family:
     optimal_returns: Callable[[list], np.ndarray] | None = None  # tasks -> (N,)
     random_returns: Callable[[list], np.ndarray] | None = None  # exactly; else they are played
     collect_task: Callable[..., dict] | None = None  # a rule's data: (data, train_tasks, index)
+    # (outcomes (..., m), tasks (..., n)) -> rewards (...), in operators that NumPy's arrays and
+    # torch's share: what the same step would have earned in another task (--teacher one)
+    reward: Callable[..., Any] | None = None
     ceiling: Callable[..., Any] | None = None  # (memory, seed) -> the best in-context policy
     divergence: Callable[..., tuple] | None = None  # (prompt, states, log_policy), from that policy
 

@@ -55,9 +55,14 @@ def cheetah_observation(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     return np.concatenate([qpos[..., 1:], qvel, x, np.zeros_like(x), z + 0.7], -1)
 
 
-def cheetah_reward(velocity, goal, actions) -> np.ndarray:
-    """Velocities (...) in m/s, actions (..., 6) -> (...)."""
-    return -np.abs(velocity - goal) - 0.05 * np.square(actions).sum(-1)
+def cheetah_outcome(velocity, actions) -> np.ndarray:
+    """Velocities (...) in m/s, actions (..., 6) -> velocity and control cost, (..., 2)."""
+    return np.stack([velocity, 0.05 * np.square(actions).sum(-1)], -1)
+
+
+def cheetah_reward(outcome, tasks):
+    """Outcomes (..., 2), tasks (..., 1) in m/s -> (...)."""
+    return -abs(outcome[..., 0] - tasks[..., 0]) - outcome[..., 1]
 
 
 def walker_observation(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
@@ -162,7 +167,7 @@ class BatchedCheetahVel(BatchedMuJoCo):
     frame_skip = 5
 
     def __init__(self, tasks, seed: int = 0, threads: int = 0):
-        self.goals = np.asarray(tasks, float)[:, 0]
+        self.goals = np.asarray(tasks, float)  # (N, 1)
         # one model for all: tasks differ in the reward alone
         model = mujoco.MjModel.from_xml_path(expand_model_path("half_cheetah.xml"))
         super().__init__([model] * len(tasks), len(tasks), seed, threads)
@@ -175,7 +180,9 @@ class BatchedCheetahVel(BatchedMuJoCo):
         return cheetah_observation(self.qpos, self.qvel)
 
     def pay(self, velocity: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        return cheetah_reward(velocity, self.goals, actions)
+        outcome = cheetah_outcome(velocity, actions)
+        self.outcome = outcome.astype(np.float32)
+        return cheetah_reward(outcome, self.goals)
 
 
 class BatchedWalkerParam(BatchedMuJoCo):
@@ -214,6 +221,7 @@ CHEETAH_VEL = Family(
     task_high=(10.0,),
     batch=BatchedCheetahVel,
     sample_tasks=sample_velocities,
+    reward=cheetah_reward,
     teacher="sac",
     gym_id="t2mir/CheetahVel-v0",
     paper_return={"T2MIR-AD": -68.9, "T2MIR-DPT": -43.2, "AD": -119.2, "DPT": -56.1},
@@ -253,7 +261,7 @@ class CheetahVel(HalfCheetahEnv):
     """
 
     def __init__(self, task=(1.0,), **options):
-        self.velocity = check_task(CHEETAH_VEL, task)[0]
+        self.velocity = np.array(check_task(CHEETAH_VEL, task))
         super().__init__(**options)
         gym.utils.EzPickle.__init__(self, task, **options)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (20,), np.float64)
@@ -265,7 +273,7 @@ class CheetahVel(HalfCheetahEnv):
         return super().step(np.clip(action, -1, 1))
 
     def _get_rew(self, x_velocity, action):
-        return float(cheetah_reward(x_velocity, self.velocity, action)), {}
+        return float(cheetah_reward(cheetah_outcome(x_velocity, action), self.velocity)), {}
 
 
 class WalkerParam(Walker2dEnv):

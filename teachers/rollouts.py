@@ -53,6 +53,10 @@ class Policies:
     kind: str
     tensors: dict[str, Tensor]  # w0, b0, ... (M, in, out), (M, 1, out); of `ppo` log_std (M, 1, da)
 
+    def of(self, row: int) -> Policies:
+        """One of them, a stack of one."""
+        return Policies(self.kind, {name: t[row : row + 1] for name, t in self.tensors.items()})
+
     def act(self, inputs: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Actions for what the networks read, (M, B, in): sampled with `rng`, else the best.
 
@@ -274,8 +278,10 @@ def foreign_episodes(part: Part) -> dict[str, np.ndarray]:
     """Episodes of this task by policies that do not know it: other tasks', or none."""
     policies = None
     if part.others:
-        stacks = [load_policies(Path(folder), [step], row) for folder, step, row in part.others]
-        policies = join(stacks)
+        # a file that holds several of them is read once
+        files = {(folder, step) for folder, step, _ in part.others}
+        read = {(folder, step): load_policies(Path(folder), [step]) for folder, step in files}
+        policies = join([read[folder, step].of(row) for folder, step, row in part.others])
     tasks = [part.task] * (len(part.others) or part.random)
     played = rollout(policies, part.env, tasks, 1, (part.seed, 4, part.number), sampled=True)
     return {name: played[name][:, 0] for name in ("states", "actions", "rewards")}

@@ -14,7 +14,10 @@ The paper trains one policy a task: 50 tasks of up to a million steps. Such smal
 spend their time in overheads. Here the networks of n tasks are stacked, (n, in, out) a layer,
 and one batched matrix product serves all of them; so do one replay and one optimiser. Nothing
 is shared between tasks: in a sum of losses over tasks, the weights of a task have the gradient
-of its own loss.
+of its own loss. (conditioned.py has the opposite, one policy for all tasks, out of the same parts.)
+
+`siblings`, not the paper's: all tasks start from the same weights and see the same random numbers,
+as where a script seeds once and then trains task after task. Only starts of episodes differ.
 
 Symbols: s, a, r, s2 = state, action, reward, next state; alpha = entropy ratio, gamma =
 discount factor, tau = soft update (all Table 2).
@@ -118,12 +121,18 @@ def squashed(out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 class StackedSAC:
     """n agents. `act` plays, `update` learns from a replay sample."""
 
-    def __init__(self, n: int, ds: int, da: int, cfg: SACConfig, seed: int, device="cpu"):
+    def __init__(
+        self, n: int, ds: int, da: int, cfg: SACConfig, seed: int, device="cpu", siblings=False
+    ):
         self.n, self.da, self.cfg = n, da, cfg
+        self.drawn = 1 if siblings else n  # so many random numbers of a kind serve the n tasks
         rng = torch.Generator(device).manual_seed(seed)
-        self.actor = init_mlp(n, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)
+        self.actor = init_mlp(self.drawn, (ds, cfg.hidden, cfg.hidden, 2 * da), rng)
         # both critics in one stack: the first of every task, then the second of every task
-        self.critic = init_mlp(2 * n, (ds + da, cfg.hidden, cfg.hidden, 1), rng)
+        self.critic = init_mlp(2 * self.drawn, (ds + da, cfg.hidden, cfg.hidden, 1), rng)
+        if siblings:
+            self.actor = [weight.repeat(n, 1, 1) for weight in self.actor]
+            self.critic = [weight.repeat_interleave(n, 0) for weight in self.critic]
         self.target = [weight.clone() for weight in self.critic]  # their slow copies
         for weight in (*self.actor, *self.critic):
             weight.requires_grad_()
@@ -133,9 +142,20 @@ class StackedSAC:
     @torch.no_grad()
     def act(self, states: Tensor, rng: torch.Generator) -> Tensor:
         """Sampled actions (n, da) for states (n, ds)."""
-        noise = torch.randn(self.n, 1, self.da, generator=rng, device=states.device)
+        noise = torch.randn(self.drawn, 1, self.da, generator=rng, device=states.device)
         # the middle axis is the batch of the stacked networks: one state each
         return squashed(mlp(self.actor, states[:, None]), noise)[0][:, 0]
+
+    def learn(self, replay: Replay, rng: torch.Generator) -> None:
+        """An update from a sample of the replay."""
+        size = (2, self.drawn, self.cfg.batch, self.da)
+        noise = torch.randn(size, generator=rng, device=replay.task.device)
+        noise = noise.expand(2, self.n, -1, -1)
+        self.update(*replay.sample(self.cfg.batch, rng, self.drawn), noise)
+
+    def policies(self) -> dict[str, Tensor]:
+        """The weights of every task's policy, stacked (no copies)."""
+        return dict(zip(WEIGHTS, self.actor, strict=True))
 
     def q(self, weights: Sequence[Tensor], states: Tensor, actions: Tensor) -> Tensor:
         """What two critics expect of actions (n, B, da) in states (n, B, ds): (2, n, B)."""
@@ -208,12 +228,13 @@ class StackedSAC:
 class Replay:
     """The last `capacity` transitions of n tasks that step together."""
 
-    def __init__(self, n: int, capacity: int, ds: int, da: int, device="cpu"):
-        shapes = {"states": (ds,), "actions": (da,), "rewards": (), "following": (ds,)}
+    def __init__(self, n: int, capacity: int, ds: int, da: int, device="cpu", **more: tuple):
+        """`more`: shapes of what else is kept of a step, by name."""
+        shapes = {"states": (ds,), "actions": (da,), "rewards": (), "following": (ds,), **more}
         self.arrays = {
             name: torch.zeros(n, capacity, *shape, device=device) for name, shape in shapes.items()
         }
-        self.capacity = capacity
+        self.capacity, self.more = capacity, tuple(more)
         self.seen = 0  # transitions of each task so far, those that were overwritten too
         self.task = torch.arange(n, device=device)[:, None]  # (n, 1): picks rows beside an index
 
@@ -223,14 +244,19 @@ class Replay:
         return min(self.seen, self.capacity)
 
     def add(self, *step: Tensor) -> None:
-        """states (n, ds), actions (n, da), rewards (n,), next states (n, ds)"""
+        """states (n, ds), actions (n, da), rewards (n,), next states (n, ds), and what is more"""
         for array, values in zip(self.arrays.values(), step, strict=True):
             array[:, self.seen % self.capacity] = values  # the oldest gives way
         self.seen += 1
 
-    def sample(self, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`batch` transitions of each task, with replacement: s, a, r, s2, (n, batch, ...) each."""
-        size = (len(self.task), batch)
+    def sample(
+        self, batch: int, rng: torch.Generator, drawn: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`batch` transitions of each task, with replacement: s, a, r, s2, (n, batch, ...) each.
+
+        `drawn` 1: the same places for all tasks, instead of places of its own for each.
+        """
+        size = (drawn or len(self.task), batch)
         index = torch.randint(self.filled, size, generator=rng, device=self.task.device)
         s, a, r, s2 = (array[self.task, index] for array in self.arrays.values())
         return s, a, r, s2
@@ -311,22 +337,33 @@ def play_and_learn(batch, agents: StackedSAC, replay: Replay, rng: torch.Generat
     """One episode of all n tasks, an update after each step; the mean return of the n."""
     cfg, device = agents.cfg, replay.task.device
     states = torch.from_numpy(batch.reset()).to(device)
-    total = torch.zeros(agents.n, device=device)
+    total = torch.zeros(len(states), device=device)
     for _ in range(batch.family.horizon):
         if replay.seen < cfg.warmup:  # look around first: uniform in [-1, 1]
-            actions = 2 * torch.rand(agents.n, agents.da, generator=rng, device=device) - 1
+            actions = 2 * torch.rand(agents.drawn, agents.da, generator=rng, device=device) - 1
+            actions = actions.expand(len(states), -1)
         else:
             actions = agents.act(states, rng)
         step = batch.step(actions.cpu().numpy())
         following, rewards = (torch.from_numpy(array).to(device) for array in step)
-        replay.add(states, actions, rewards, following)
+        more = [torch.from_numpy(getattr(batch, name)).to(device) for name in replay.more]
+        replay.add(states, actions, rewards, following, *more)
         states = following
         total += rewards
         if replay.seen > cfg.warmup:
-            size = (2, agents.n, cfg.batch, agents.da)
-            noise = torch.randn(size, generator=rng, device=device)
-            agents.update(*replay.sample(cfg.batch, rng), noise)
+            agents.learn(replay, rng)
     return float(total.mean())
+
+
+def separate(
+    batch, cfg: SACConfig, seed: int, device: str, siblings: bool = False
+) -> tuple[StackedSAC, Replay]:
+    """One untrained agent for each row of a batched environment, and their empty replay."""
+    family, n = batch.family, len(batch.reset())
+    sizes = family.state_dim, family.action_dim
+    agents = StackedSAC(n, *sizes, cfg, seed, device, siblings)
+    # no more places than steps: they would only take memory
+    return agents, Replay(n, min(cfg.replay, cfg.steps), *sizes, device)
 
 
 def train_sac(
@@ -337,8 +374,9 @@ def train_sac(
     report: Callable[[int, float], None] = lambda step, mean_return: None,
     device="cpu",
     keep_seconds: float = 120.0,
+    build: Callable[..., tuple[StackedSAC, Replay]] = separate,
 ) -> None:
-    """Train one policy for each row of a batched environment; checkpoints go to `folder`.
+    """Train on a batched environment whoever `build` makes; their policies go to `folder`.
 
     Training is a row of segments of `save_every` steps. Each has random streams of its own,
     which depend on `seed` and on its number alone. state.safetensors is written between
@@ -346,18 +384,16 @@ def train_sac(
     uninterrupted one bit for bit. `report(step, mean return of the n)` is called after each
     episode. Raises ValueError for settings that cannot be and for a damaged state.
     """
-    spec, n = batch.family, len(batch.reset())
+    spec = batch.family
     # a checkpoint must fall between two episodes, where nothing of an environment has to be kept
     if cfg.save_every % spec.horizon or cfg.steps % cfg.save_every:
         raise ValueError(
             f"{cfg.steps} steps of SAC, a checkpoint every {cfg.save_every}: the latter must be "
             f"whole episodes of {spec.horizon} steps and divide the former"
         )
-    settings = {**asdict(cfg), "seed": list(seed), "n": n}
     first_weights, _ = two_seeds(*seed, 0)
-    agents = StackedSAC(n, spec.state_dim, spec.action_dim, cfg, first_weights, device)
-    # no more places than steps: they would only take memory
-    replay = Replay(n, min(cfg.replay, cfg.steps), spec.state_dim, spec.action_dim, device)
+    agents, replay = build(batch, cfg, first_weights, device)
+    settings = {**asdict(cfg), "seed": list(seed), "n": len(replay.task)}
     tensors, replay.seen = read_state(folder, "sac-state", settings)
     if tensors:
         try:
@@ -375,7 +411,7 @@ def train_sac(
         for _ in range(cfg.save_every // spec.horizon):
             mean_return = play_and_learn(batch, agents, replay, rng)
             report(replay.seen, mean_return)
-        save_policies(folder, replay.seen, "sac", dict(zip(WEIGHTS, agents.actor, strict=True)))
+        save_policies(folder, replay.seen, "sac", agents.policies())
         # the policies are small, the state is not: of a replay of 100,000 steps it is megabytes
         if time.monotonic() - written > keep_seconds or replay.seen == cfg.steps:
             tensors = agents.tensors() | replay.tensors()

@@ -1,7 +1,7 @@
-"""teachers.py: one policy a task, trained and measured (App. D.2, Tables 2 and 3).
+"""teachers.py: a policy for each task, trained and measured (App. D.2, Tables 2 and 3).
 
 in : tasks, settings (config.Teachers)          out: checkpoints, and which of them make what
-Read after sac.py, ppo.py and rollouts.py, before collect.py.
+Read after sac.py, conditioned.py, ppo.py and rollouts.py, before collect.py.
 
     teachers/<name>/group-000/step-0000000020.safetensors   policies of a group of tasks, stacked
                               levels.npz                    the measured return of each checkpoint
@@ -17,6 +17,8 @@ return would mean nothing. App. D.2's qualities are made by these checkpoints:
 
 Behaviour samples its actions, so its levels are those of sampled actions; labels are the best
 actions, so theirs are those of mean ones.
+--teacher says whose policies these are: `each` task's own, as in the paper, `siblings` (sac.py), or
+those of `one` for all tasks (conditioned.py). On disk they look alike.
 Differs from the paper: "final achieved level" is that of the best checkpoint, not of the last,
 because SAC's last is often not its best.
 
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Teachers, Work
+from config import Teachers, Whose, Work
 from envs import get_family, make_batch, make_env, optimal_returns, random_returns
 from support.files import (
     Damaged,
@@ -47,9 +49,10 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, run_jobs
+from teachers.conditioned import together
 from teachers.ppo import PPOConfig, train_ppo
 from teachers.rollouts import Behaviour, load_policies, read_policies, rollout
-from teachers.sac import STATE, SACConfig, policy_file, train_sac
+from teachers.sac import STATE, SACConfig, policy_file, separate, train_sac
 
 # fmt: off
 PAPER = {
@@ -110,6 +113,10 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
         flag = f"--teacher-{foreign[0]}".replace("_", "-")
         raise ValueError(f"{env}'s teachers are trained by PPO, which has no {flag}")
     if isinstance(base, PPOConfig):
+        if settings.teacher != "each":
+            raise ValueError(
+                f"{env}'s teachers are trained by PPO, which has no --teacher {settings.teacher}"
+            )
         return replace(base, **given)
     if base.replay == base.steps:  # a replay that holds all of the training still does
         given["replay"] = given.get("steps", base.steps)
@@ -145,22 +152,33 @@ class Group:
     tasks: list
     folder: str
     device: str = "cpu"
+    teacher: Whose = "each"
+    played: int | None = None  # of one: the first so many train it, all get a policy; None: all
 
 
 def groups_of(
-    env: str, settings: Teachers, tasks: list, folder: Path, device: str = "cpu"
+    env: str, settings: Teachers, tasks: list, folder: Path, device: str = "cpu", train: int = 0
 ) -> list[Group]:
-    """SAC trains `teacher_group` tasks in one stack; PPO trains one by one."""
-    trained_by = algorithm(env, settings)
+    """SAC trains `teacher_group` tasks in one stack, PPO one by one; --teacher one, all together.
+
+    `train`: the first so many of `tasks` are no held-out ones (0: all). One teacher never plays
+    those that are.
+    """
+    trained_by, teacher = algorithm(env, settings), settings.teacher
     size = settings.teacher_group if isinstance(trained_by, SACConfig) else 1
+    if teacher == "one":
+        size = len(tasks)
     return [
         Group(
             env=env,
             trained_by=trained_by,
-            seed=(settings.teacher_seed, number),
+            # siblings have the same random numbers, in whichever group they are
+            seed=(settings.teacher_seed, 0 if teacher == "siblings" else number),
             tasks=tasks[first : first + size],
             folder=str(folder / f"group-{number:03d}"),
             device=device,
+            teacher=teacher,
+            played=train or None,
         )
         for number, first in enumerate(range(0, len(tasks), size))
     ]
@@ -189,8 +207,12 @@ def train_policies(group: Group, alive) -> None:
     """From the group's state, or from the beginning, to the last checkpoint."""
     folder, trained_by = Path(group.folder), group.trained_by
     if isinstance(trained_by, SACConfig):
-        batch = make_batch(group.env, group.tasks)
-        train_sac(batch, trained_by, group.seed, folder, lambda *report: alive(), group.device)
+        played, build = group.tasks, partial(separate, siblings=group.teacher == "siblings")
+        if group.teacher == "one":
+            played, build = group.tasks[: group.played], partial(together, tasks=group.tasks)
+        batch = make_batch(group.env, played)
+        report = lambda step, mean_return: alive()  # noqa: E731
+        train_sac(batch, trained_by, group.seed, folder, report, group.device, build=build)
     else:
         environment = partial(make_env, group.env, group.tasks[0])
         train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
@@ -271,25 +293,32 @@ class TrainedTeachers:
 
 
 # --------------------------------------------------------------------------------- all of them
-def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list) -> Path:
+def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list, train: int = 0) -> Path:
     """One folder for everything that changes the bytes; what its name does not say is hashed."""
     trained_by = algorithm(env, settings)
-    everything = json.dumps([env, asdict(settings), asdict(trained_by), tasks])
-    name = f"{get_family(env).name}-{trained_by.steps}-s{settings.teacher_seed}"
+    everything = json.dumps([env, asdict(settings), asdict(trained_by), tasks, train])
+    name = f"{get_family(env).name}-{settings.teacher}-{trained_by.steps}-s{settings.teacher_seed}"
     return root / "teachers" / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
 
 
 def train_teachers(
-    root: Path, env: str, settings: Teachers, tasks: list, work: Work, quiet: bool = False
+    root: Path,
+    env: str,
+    settings: Teachers,
+    tasks: list,
+    work: Work,
+    quiet: bool = False,
+    train: int = 0,
 ) -> TrainedTeachers:
     """Train and measure the teachers of `tasks`, or read them if they are there.
 
-    `root` is the folder of the datasets, all of which they serve. Raises ValueError with one line
-    for impossible settings, a full disk or a second process. A damaged file is set aside, and made
-    anew: levels are measured once more, policies trained, which gives the same bytes.
+    Of `tasks` the first `train` are training tasks (0: all), the others held out. `root` is the
+    folder of the datasets, all of which they serve. Raises ValueError with one line for impossible
+    settings, a full disk or a second process. A damaged file is set aside, and made anew: levels
+    are measured once more, policies trained, which gives the same bytes.
     """
-    folder = teachers_folder(root, env, settings, tasks)
-    groups = groups_of(env, settings, tasks, folder, work.teacher_device)
+    folder = teachers_folder(root, env, settings, tasks, train)
+    groups = groups_of(env, settings, tasks, folder, work.teacher_device, train)
     steps = checkpoints(groups[0].trained_by)
     if missing := [group for group in groups if damage_of(group) or not finished(group)]:
         need_space(folder, 1.1 * sum(disk_space(group) for group in missing))

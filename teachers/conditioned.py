@@ -1,0 +1,114 @@
+"""conditioned.py: one soft actor-critic for all tasks of a family (not the paper's; --teacher one).
+
+in : a batched environment of n training tasks, and all N tasks that want a policy
+out: N policies that read states alone, every `save_every` steps, as if each had been trained alone
+Read after sac.py, whose updates, replay, segments and files these are.
+
+Policies that were trained one by one (App. D.2) each find a way of their own: between two
+neighbouring velocities the gaits differ more than the tasks, and what is between them nobody can
+imitate. One policy that reads the task beside the state does the like things in like tasks; and a
+task more costs no training.
+
+    actor     (s, task) -> a                critics     (s, a, task) -> return
+    learns from all tasks' steps at once; where the family knows what the same step would have
+    earned in another task (`Family.reward`), half of every sample is *relabelled*: its task is
+    drawn anew, and its reward with it (Andrychowicz et al. 2017, hindsight experience replay)
+
+In the first layer the task only adds a constant: (s, task) W + b = s W_s + (task W_task + b). With
+that sum for a bias, a task's policy is a network of the state, of the same shape as any other.
+Roll-outs, levels and datasets need not know. No observation ever holds the task.
+
+Tasks that are not played, the held-out ones, get their policies by the same sum: the teacher is
+asked for tasks that it has never seen.
+
+Shapes: N tasks, n <= N of them played, B rows of an update, ds/da/dt numbers of a state/an action/a
+task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teachers.sac import WEIGHTS, Replay, SACConfig, StackedSAC, mlp, squashed
+
+RELABELLED = 0.5  # of a sample's rows, where the family has a `reward`
+
+
+class ConditionedSAC(StackedSAC):
+    """A stack of one agent, whose states are (state, task). The first n of N tasks are played.
+
+    `tasks` (N, dt); `reward`: the family's, or None.
+    """
+
+    def __init__(
+        self,
+        tasks: Tensor,
+        n: int,
+        ds: int,
+        da: int,
+        cfg: SACConfig,
+        seed: int,
+        device="cpu",
+        reward: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        super().__init__(1, ds + tasks.shape[1], da, cfg, seed, device)
+        self.ds, self.played, self.reward = ds, n, reward
+        self.drawn = n  # every task explores by itself
+        self.tasks = tasks.to(device)
+        # What the networks read of a task: numbers of about unit size, by the training tasks' own.
+        trained = self.tasks[:n]
+        spread = trained.std(0, correction=0).clamp_min(1e-6)  # a number that never varies: 0
+        self.coded = (self.tasks - trained.mean(0)) / spread  # (N, dt)
+
+    @torch.no_grad()
+    def act(self, states: Tensor, rng: torch.Generator) -> Tensor:
+        """Sampled actions (n, da) for states (n, ds) of the n tasks."""
+        noise = torch.randn(1, self.played, self.da, generator=rng, device=states.device)
+        x = torch.cat([states, self.coded[: self.played]], -1)[None]  # a batch of n for the one
+        return squashed(mlp(self.actor, x), noise)[0][0]
+
+    def learn(self, replay: Replay, rng: torch.Generator) -> None:
+        """An update from B steps of all tasks, with the rewards of the tasks that they are for."""
+        device, rows = replay.task.device, (self.cfg.batch,)
+        played = torch.randint(self.played, rows, generator=rng, device=device)
+        place = torch.randint(replay.filled, rows, generator=rng, device=device)
+        s, a, r, s2, *outcome = (array[played, place] for array in replay.arrays.values())
+        task = played  # whom the step shall teach: the task in which it was made ...
+        if self.reward is not None:
+            other = torch.randint(self.played, rows, generator=rng, device=device)
+            chosen = torch.rand(rows, generator=rng, device=device) < RELABELLED
+            task = torch.where(chosen, other, played)  # ... or another
+            # The rewards of all rows: for a step's own task it is the reward that it had.
+            r = self.reward(outcome[0], self.tasks[task])
+        coded = self.coded[task]
+        s, s2 = torch.cat([s, coded], -1), torch.cat([s2, coded], -1)
+        noise = torch.randn((2, 1, *rows, self.da), generator=rng, device=device)
+        self.update(s[None], a[None], r[None], s2[None], noise)
+
+    def policies(self) -> dict[str, Tensor]:
+        """N networks of the state: the task's part of the first layer becomes part of its bias."""
+        weights = dict(zip(WEIGHTS, (weight.detach() for weight in self.actor), strict=True))
+        first, n = weights["w0"], len(self.coded)
+        folded = {name: weight.expand(n, -1, -1) for name, weight in weights.items()}
+        folded["w0"] = first[:, : self.ds].expand(n, -1, -1)  # (N, ds, hidden)
+        folded["b0"] = weights["b0"] + (self.coded @ first[0, self.ds :])[:, None]  # (N, 1, hidden)
+        return {name: weight.contiguous() for name, weight in folded.items()}
+
+
+def together(
+    batch, cfg: SACConfig, seed: int, device: str, tasks: list
+) -> tuple[ConditionedSAC, Replay]:
+    """One untrained agent for all `tasks`, the first of which `batch` plays, and its replay."""
+    family, n = batch.family, len(batch.reset())
+    sizes = family.state_dim, family.action_dim
+    numbers = torch.tensor(tasks, dtype=torch.float32)
+    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, family.reward)
+    more = {}
+    if family.reward is not None:
+        batch.step(np.zeros((n, sizes[1]), np.float32))  # any step: an outcome to know its shape
+        more["outcome"] = batch.outcome.shape[1:]
+    return agent, Replay(n, min(cfg.replay, cfg.steps), *sizes, device, **more)
