@@ -38,8 +38,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 
-from router import Router, full_precision
-from support.distributed import all_gather_rows
+from router import Router, Routing, biased_top_k_gate, eq1_top_k_gate, full_precision
+from support.distributed import all_gather_rows, all_reduce_sum
 
 Keys = Literal["all", "other"]  # which keys a query is compared with; see `eq7_pairs`
 
@@ -116,8 +116,12 @@ class TaskRouter(nn.Module):
     4) and, as z, what Eq. 7 trains to tell tasks apart.
     """
 
-    def __init__(self, width: int, experts: int, keys: Keys = "all"):
+    def __init__(self, width: int, experts: int, keys: Keys = "all", balance: float = 0.0):
+        """`balance`: how far an expert's bias moves in a step (--task-balance; 0: the paper)."""
         super().__init__()
+        self.balance = balance
+        if balance:
+            self.register_buffer("bias", torch.zeros(experts))
         self.query = Router(width, experts)
         # A copy, as in MoCo: queries and keys speak the same language from the first step.
         self.key = copy.deepcopy(self.query).requires_grad_(False)
@@ -130,6 +134,23 @@ class TaskRouter(nn.Module):
     def forward(self, h_bar: Float[Tensor, "*B D"]) -> Float32[Tensor, "*B K"]:
         """h_bar (..., D) -> logits (..., K) for the gate of Eq. 4."""
         return self.query(h_bar)  # the key router has no part in the policy
+
+    def gate(self, h_bar: Float[Tensor, "*B D"], k: int) -> Routing:
+        """w_task(i; h_bar) of Eq. 4: the k experts that are kept, and their weights.
+
+        With `balance`, experts that were kept less often than the mean in a training batch become
+        a little easier to keep, the others harder.
+        """
+        logits = self(h_bar)
+        if not self.balance:
+            return eq1_top_k_gate(logits, k)
+        routing = biased_top_k_gate(logits, self.bias, k)
+        if self.training:
+            kept = torch.bincount(routing.index.flatten(), minlength=len(self.bias)).float()
+            kept = all_reduce_sum(kept)
+            # A new tensor, not a changed one: the backward pass of this batch may read the old.
+            self.bias = self.bias + self.balance * (kept.mean() - kept).sign()
+        return routing
 
     def contrast(
         self, h_bar: Float[Tensor, "B *S D"], task: Int[Tensor, " B"]

@@ -48,6 +48,10 @@ class ModelSettings:
     """Block whose feed-forward layer becomes the MoE (App. G.2)."""
     routing: TaskRouting = "sequence"
     """h_bar of Eq. 4: sequence (paper), prefix (no look-ahead), token (official code)."""
+    contrast_trunk: bool = True
+    """The gradient of Eq. 7 flows on into the trunk (Algorithm 1), not into the router alone."""
+    task_balance: NotNegative = 0.0
+    """How far a step moves the bias that keeps task experts in use; 0: none (paper)."""
     task_center: bool = False
     """Centre and scale h_bar by running statistics before the task router (not in the paper)."""
     keys: Keys = "all"
@@ -215,6 +219,8 @@ class Block(nn.Module):
                 w_contrastive=cfg.w_contrastive,
                 center=cfg.task_center,
                 keys=cfg.keys,
+                contrast_trunk=cfg.contrast_trunk,
+                task_balance=cfg.task_balance,
             )
         else:
             # Plain AD and DPT are 1.5 times wider where T2MIR has experts: as many active weights.

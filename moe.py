@@ -31,6 +31,8 @@ What departs from the paper, and where:
     `prefix` (the preset `cpu`) averages the tokens up to the present one, in both. `token` gates
     each token by itself: the official code's form in half of its configurations.
   * --task-center, off here and in `paper`, on in `cpu`: see `Center`.
+  * --no-contrast-trunk: Eq. 7 trains the task router alone. --task-balance: a bias that keeps every
+    task expert in use (contrastive.py, `TaskRouter.gate`).
   * Queries behind the prompt (--query-position last, in `cpu`): also under `sequence`, each is
     gated by what it sees, the prompt's visible tokens and itself.
   * A query in front (`first`, the paper's) counts in the gate's h_bar, as in the official code.
@@ -50,7 +52,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from contrastive import Keys, TaskRouter
-from router import NoisyTopKRouter, Routing, eq1_top_k_gate
+from router import NoisyTopKRouter, Routing
 from support.distributed import all_gather_rows
 
 MoEKind = Literal["both", "token", "task", "none"]
@@ -277,6 +279,8 @@ class MoELayer(nn.Module):
         w_contrastive: float = 0.01,
         center: bool = False,
         keys: Keys = "all",
+        contrast_trunk: bool = True,
+        task_balance: float = 0.0,
     ):
         super().__init__()
         token_experts, token_k, token_hidden = token
@@ -291,13 +295,14 @@ class MoELayer(nn.Module):
         self.task_k = task_k  # k of Eq. 4
         self.routing = routing  # the rule for h_bar
         self.w_contrastive = w_contrastive  # w_con of Algorithms 1 and 3
+        self.contrast_trunk = contrast_trunk  # whether Eq. 7 moves more than router and W
         self.has_token = kind in ("both", "token")
         self.has_task = kind in ("both", "task")
         if self.has_token:
             self.token_router = NoisyTopKRouter(width, token_experts, token_k, w_imp, w_load)
             self.token = Experts(token_experts, width, token_hidden // token_experts, out)
         if self.has_task:
-            self.task_router = TaskRouter(width, task_experts, keys)
+            self.task_router = TaskRouter(width, task_experts, keys, task_balance)
             self.center = Center(width) if center else nn.Identity()  # Identity: the paper
             self.task = Experts(task_experts, width, task_hidden // task_experts, out)
 
@@ -357,7 +362,7 @@ class MoELayer(nn.Module):
         The paper writes E_task(i|h_bar); Sec. 4.2 says that the experts "process these tokens".
         """
         # No noise and no balance loss here: that tasks get experts of their own is Eq. 7's care.
-        gate = eq1_top_k_gate(self.task_router(self.center(h_bar)), self.task_k)
+        gate = self.task_router.gate(self.center(h_bar), self.task_k)
         return self._run_task_experts(x, gate), gate.index
 
     def _run_task_experts(self, x: Float[Tensor, "B R D"], gate: Routing) -> Tensor:
@@ -379,6 +384,8 @@ class MoELayer(nn.Module):
         # Eq. 7 is about whole trajectories: whatever the gate reads, z is what the router says of
         # the mean token. Only where the gate never sees a mean, z is the mean of the logits.
         tau = h if self.routing == "token" else h.float().mean(1)
+        if not self.contrast_trunk:
+            tau = tau.detach()
         result = self.task_router.contrast(self.center(tau), task)
         if self.training and isinstance(self.center, Center):  # after use: gate and z see the same
             self.center.observe(tau)

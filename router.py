@@ -67,6 +67,17 @@ def eq1_top_k_gate(logits: Float[Tensor, "*N K"], k: int) -> Routing:
     return Routing(top.indices, top.values.softmax(-1))
 
 
+def biased_top_k_gate(logits: Float[Tensor, "*N K"], bias: Float[Tensor, " K"], k: int) -> Routing:
+    """As Eq. 1, but who is kept is decided by logits + bias; how much each weighs, by the logits.
+
+    Not the paper's: the bias evens out how often experts are kept, without a loss whose gradient
+    would speak against the others (Wang et al. 2024, "auxiliary-loss-free").
+    """
+    logits = logits.float()
+    index = (logits + bias).topk(k, dim=-1).indices
+    return Routing(index, logits.gather(-1, index).softmax(-1))
+
+
 def dense_gates(routing: Routing, experts: int) -> Float32[Tensor, "*N K"]:
     """Kept weights (N, k) scattered into (N, K); the gates of all other experts are 0."""
     empty = routing.weight.new_zeros(*routing.weight.shape[:-1], experts)  # (N, K)
