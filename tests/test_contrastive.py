@@ -20,7 +20,7 @@ from contrastive import (
     eq8_momentum_update,
     symmetric_channel_information,
 )
-from router import Router
+from router import Router, biased_top_k_gate, eq1_top_k_gate
 
 
 def draw(*shape, seed=0):
@@ -363,3 +363,59 @@ def test_theorem1_bound_rises_with_the_number_of_tasks_up_to_the_information(n, 
     assert all(low < high for low, high in itertools.pairwise(bounds))
     assert bounds[-1] <= information
     assert bounds[-1] == pytest.approx(information, abs=0.05)  # it tightens as N grows
+
+
+# ------------------------------------------------------------- the bias that keeps experts in use
+def test_biased_gate_by_hand():
+    """The bias brings expert 2 in; its weight beside expert 0's is that of the logits alone."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, -5.0]])
+    routing = biased_top_k_gate(logits, torch.tensor([0.0, 0.0, 1.5, 0.0]), 2)
+    assert set(routing.index[0].tolist()) == {0, 2}
+    weight = dict(zip(routing.index[0].tolist(), routing.weight[0].tolist(), strict=True))
+    assert weight[0] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert sum(weight.values()) == pytest.approx(1)
+
+
+def test_without_a_bias_it_is_eq1():
+    logits = draw(20, 6)
+    ours, eq1 = biased_top_k_gate(logits, torch.zeros(6), 3), eq1_top_k_gate(logits, 3)
+    assert torch.equal(ours.index, eq1.index)
+    assert_close(ours.weight, eq1.weight)
+
+
+def test_task_balance_wakes_dead_experts():
+    """Rows that are nearly alike all keep the same two of eight experts; then they do not."""
+    torch.manual_seed(0)
+    router = TaskRouter(16, 8, balance=0.02)
+    h_bar = draw(1, 16) + 0.2 * draw(256, 16, seed=1)
+
+    def shares():
+        with torch.no_grad():
+            kept = router.gate(h_bar, 2).index
+        return torch.bincount(kept.flatten(), minlength=8) / kept.numel()
+
+    router.eval()
+    before = shares()
+    assert before.min() == 0 and torch.equal(shares(), before)  # evaluation moves nothing
+    assert not router.bias.any()
+    router.train()
+    for _ in range(500):
+        with torch.no_grad():
+            router.gate(h_bar, 2)
+    router.eval()
+    assert shares().min() > 1 / 32  # a quarter of an equal share
+    assert_close(router.bias.sum(), torch.tensor(0.0), atol=1.0, rtol=0)
+    twin = TaskRouter(16, 8, balance=0.02).eval()
+    twin.load_state_dict(router.state_dict())  # a checkpoint holds the bias
+    assert torch.equal(twin.gate(h_bar, 2).index, router.gate(h_bar, 2).index)
+
+
+def test_task_balance_moves_by_its_rate_towards_the_mean():
+    router = TaskRouter(4, 3, balance=0.25).train()
+    with torch.no_grad():
+        kept = torch.bincount(router.gate(draw(7, 4), 1).index.flatten(), minlength=3)
+    assert_close(router.bias, 0.25 * torch.sign(7 / 3 - kept))
+
+
+def test_the_papers_router_has_no_bias():
+    assert "bias" not in TaskRouter(4, 3).state_dict()

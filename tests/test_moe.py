@@ -441,6 +441,22 @@ def test_eq7_layer_contrasts_the_tokens_of_tau_alone(training, view, rule, keys)
     assert list(alone.losses) == ["balance"] and alone.metrics == {}
 
 
+@pytest.mark.parametrize("rule", H_BAR)
+def test_eq7_for_the_router_alone(rule):
+    """--no-contrast-trunk: the same loss, the same gradient in the router, none below it."""
+    gradients = []
+    for trunk in (True, False):
+        net = layer("task", rule, contrast_trunk=trunk).train()
+        h = draw(4, S, D).requires_grad_()
+        loss = net(h, WHOLE, task=torch.tensor([0, 0, 1, 1])).losses["contrastive"]
+        weights = list(net.task_router.query.parameters())
+        in_h, *in_router = torch.autograd.grad(loss, [h, *weights], allow_unused=True)
+        gradients.append((loss.detach(), in_router))
+        assert (in_h is None or not in_h.any()) != trunk
+    assert_close(*gradients)
+    assert all(part.any() for part in gradients[0][1])
+
+
 def test_eq8_layer_moves_the_key_router():
     moe = layer("both")
     torch.nn.init.ones_(moe.task_router.query.first.weight)
