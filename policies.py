@@ -13,8 +13,11 @@ Differs from the paper (switches): `--first random` plays the first episode, whi
 at random: where the optimal actions of all tasks cancel out (Point-Robot), the mean action stays
 where it is and learns nothing from there. `--noise` is added to continuous actions, which are
 otherwise the mean of what was imitated: Algorithm 2 keeps the best episodes, and once they repeat
-themselves there is nothing to choose from. Discrete actions are sampled by default: on DarkRoom
-the arg max of even the exact posterior walks to the middle of the room and stays there.
+themselves there is nothing to choose from. With `--components` (mixture.py) a component is drawn at
+every step, as the network says, or by one number for all of an episode (`--component-every`), so
+that one way of acting is kept up; then an action around its mean, as wide as `--spread` says.
+Discrete actions are sampled by default: on DarkRoom the arg max of even the exact posterior walks
+to the middle of the room and stays there.
 """
 
 from __future__ import annotations
