@@ -32,6 +32,7 @@ from config import Config, Count, Play
 from data import Dataset, Prompt, draw_episodes, draw_tasks, gather_prompt
 from envs import Family
 from methods import Method
+from mixture import is_mixture, mixture
 from models import T2MIR, ModelSettings, Output
 from moe import View
 from policies import ModelPolicy, check_play, concatenate
@@ -60,13 +61,19 @@ def eq10_imitation_loss(action: Tensor, target: Tensor, discrete: bool) -> Tenso
     """L(theta) = -sum log pi(a_t | s_t; hist)   (Eq. 10; Eq. 11 with a* for a_t), a mean here.
 
     action (B, R, A) and target (B, R) ids: cross-entropy; target (B, R, A): the mean squared error,
-    which is the log-likelihood of a Gaussian of fixed width. In float32 also under autocast.
+    which is the log-likelihood of a Gaussian of fixed width; target (B, R, da) and the numbers of a
+    mixture: its negative log-likelihood (mixture.py). In float32 also under autocast.
     """
     # A loss sums many small numbers: bfloat16, with 8 bits of precision, would lose most of them.
     with torch.autocast(action.device.type, enabled=False):
         if discrete:  # rows and predictions in one: (B*R, A) against (B*R,)
             return F.cross_entropy(action.flatten(0, 1).float(), target.flatten())
-        return F.mse_loss(action.float(), target)
+        da = target.shape[-1]
+        if not is_mixture(action, da):
+            return F.mse_loss(action.float(), target)
+        # A number of the action, as the squared error is a mean over them: nats of order 1, like
+        # the cross-entropy, in every family; the weights of Eq. 3 and 7 beside it keep their sense.
+        return -mixture(action, da).log_prob(target).mean() / da
 
 
 class ADModel(T2MIR):

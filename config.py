@@ -14,6 +14,7 @@ Where a help line names a table or a section, the setting is the paper's; where 
 the paper is silent and the value of the preset `paper` is the official configuration's.
 """
 # A setting's help is the string below it: it is what --help prints, so it is said here alone.
+# `before`: what runs did that are older than the setting; without it they can no longer be read.
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ Count = Annotated[int, Ge(1), Le(10**12)]  # far below what an int64 of numpy or
 CountOrZero = Annotated[int, Ge(0), Le(10**12)]
 # Of a network: far above any use, so that a mistyped size is refused before memory runs out.
 Few = Annotated[int, Ge(1), Le(1000)]
+FewOrNone = Annotated[int, Ge(0), Le(1000)]
 Units = Annotated[int, Ge(1), Le(10**5)]
 Number = Annotated[int, Ge(0), Le(10**5)]  # of tasks, of units
 Rows = Annotated[int, Ge(1), Le(10**7)]  # of anything that is in memory at once
@@ -53,6 +55,7 @@ Quality = Literal["mixed", "medium-expert", "medium"]
 Recipe = Literal["paper", "explore", "wander"]
 Preset = Literal["auto", "paper", "cpu"]
 Actions = Literal["sample", "greedy"]
+Every = Literal["step", "episode"]
 First = Literal["policy", "random"]
 Whose = Literal["each", "siblings", "one"]
 
@@ -173,11 +176,15 @@ class Play:
     episodes: Count = 40
     """Episodes on each task (N of Algorithms 2, 4)."""
     actions: Actions = "sample"
-    """How a discrete action is taken from the policy: drawn, or the likeliest one."""
+    """How a discrete action, or one of --components, is taken: drawn, or the likeliest one."""
     first: First = "policy"
     """Who plays the first episode, which has no context: the policy (paper) or random actions."""
     noise: NotNegative = 0.0
     """Deviation of the Gaussian noise on continuous actions; 0: the mean (paper)."""
+    component_every: Every = field(default="step", metadata={"before": "step"})
+    """With --components: when a component is drawn anew; episode: by one number for all of it."""
+    spread: NotNegative = field(default=1.0, metadata={"before": 1.0})
+    """With --components: drawn so many of the component's deviations wide; 0: its mean."""
     play_seed: Seed = 0
     """Seed of starts and sampled actions."""
 

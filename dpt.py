@@ -269,7 +269,7 @@ class DPTPolicy(ModelPolicy):
         if self.sides:
             cells = math.prod(self.sides)
             # logits of each task and cell, not actions: those are sampled anew. NaN: not known yet
-            self.answers = torch.full((rows, cells, self.family.action_dim), torch.nan)
+            self.answers = torch.full((rows, cells, self.model.head.out_features), torch.nan)
         if self.model.query_last:
             self._fill_cache(history, rows)
         elif history:  # Algorithm 4, line 11: tau <- R

@@ -40,6 +40,7 @@ from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
 from figures import draw_curve
 from methods import Method
+from mixture import components_of, play_name
 from policies import Policy
 from support import checkpoint
 from support.command_line import one_line, parse_evaluation
@@ -171,6 +172,8 @@ def variant(method: Method, cfg: Evaluation) -> str:
     settings = cfg.play
     if method.family.discrete_actions:  # sampled or greedy
         parts = [settings.actions]
+    elif components_of(method.cfg.model):
+        parts = play_name(settings) + [f"noise{settings.noise:g}"] * bool(settings.noise)
     else:  # continuous ones are the mean, or noise is added to it
         parts = [f"noise{settings.noise:g}" if settings.noise else "mean"]
     parts += method.play_name(settings)

@@ -14,7 +14,7 @@ an action.
 
 Differs from the paper (switches): `token_shift` adds the previous token's embedding to each, so
 that a reward meets the state it led to without a layer having to find it; `routing`, `task_center`
-and `keys` (moe.py, contrastive.py).
+and `keys` (moe.py, contrastive.py); `components` (mixture.py).
 Differs from the official code: grid coordinates are embedded one by one and added, so that a
 held-out goal cell is not a symbol never seen; no NormFormer norms, head scales or spectral
 reparametrisation; dropout only after the embeddings and on both residual branches.
@@ -22,17 +22,18 @@ reparametrisation; dropout only after the embeddings and on both residual branch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from config import BelowOne, Few, NotNegative, Share, Training, Units
+from config import BelowOne, Few, FewOrNone, NotNegative, Share, Training, Units
 from contrastive import Keys
 from data import Prompt
 from envs import Family
+from mixture import head_size
 from moe import MoEKind, MoELayer, MoEOutput, Past, TaskRouting, View
 from support.attention import Cache, Dropout, attention
 from support.files import need_memory
@@ -86,6 +87,8 @@ class ModelSettings:
     """After the embeddings and on both residual branches of a block."""
     token_shift: bool = False
     """Add the previous token's embedding to each (not in the paper)."""
+    components: FewOrNone = field(default=0, metadata={"before": 0})
+    """Of a mixture of Gaussians over continuous actions (not in the paper); 0: squared error."""
 
     def check(self) -> None:
         """Raises ValueError with one line for sizes that do not fit one another."""
@@ -155,7 +158,7 @@ class ModelSettings:
 class Output:
     """What one forward pass gives a method's loss and the diagnostics."""
 
-    action: Float[Tensor, "B R A"]  # logits, or actions in [-1, 1]
+    action: Float[Tensor, "B R A"]  # logits, actions in [-1, 1], or what mixture.py reads
     losses: dict[str, Tensor]  # weighted: Eq. 3, and w_con times Eq. 7
     metrics: dict[str, Tensor]  # only looked at: Eq. 7 without its weight, its accuracy
     moe: list[MoEOutput]  # one for each block with experts, from the bottom up
@@ -296,7 +299,7 @@ class T2MIR(nn.Module):
         self.drop = Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.norm = nn.LayerNorm(cfg.width)  # pre-norm blocks only add: scale their sum
-        self.head = nn.Linear(cfg.width, family.action_dim)  # App. F: "a linear", then tanh
+        self.head = nn.Linear(cfg.width, head_size(family, cfg.components))  # App. F: "a linear"
 
     # ---------------------------------------------------------------------------- embeddings
     def state_token(self, states: Tensor) -> Tensor:
@@ -350,8 +353,9 @@ class T2MIR(nn.Module):
             if moe is not None:
                 outputs.append(moe)
         action = self.head(self.norm(x))  # (B, R, A)
-        # App. F: a tanh keeps continuous actions in [-1, 1]; discrete ones are logits.
-        return action if self.family.discrete_actions else action.tanh(), outputs
+        # App. F: a tanh keeps continuous actions in [-1, 1]; logits stay, mixture.py has its own.
+        plain = self.family.discrete_actions or self.cfg.components
+        return action if plain else action.tanh(), outputs
 
     def output(
         self, x: Tensor, view: View, read: Tensor, modality: Tensor, task: Tensor | None

@@ -13,8 +13,11 @@ Differs from the paper (switches): `--first random` plays the first episode, whi
 at random: where the optimal actions of all tasks cancel out (Point-Robot), the mean action stays
 where it is and learns nothing from there. `--noise` is added to continuous actions, which are
 otherwise the mean of what was imitated: Algorithm 2 keeps the best episodes, and once they repeat
-themselves there is nothing to choose from. Discrete actions are sampled by default: on DarkRoom
-the arg max of even the exact posterior walks to the middle of the room and stays there.
+themselves there is nothing to choose from. With `--components` (mixture.py) a component is drawn at
+every step, as the network says, or by one number for all of an episode (`--component-every`), so
+that one way of acting is kept up; then an action around its mean, as wide as `--spread` says.
+Discrete actions are sampled by default: on DarkRoom the arg max of even the exact posterior walks
+to the middle of the room and stays there.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from config import Play
 from data import Prompt, normalise
 from envs import Family
 from methods import Method
+from mixture import check_mixture, is_mixture, mixture
 
 Memory = Literal["last", "all"]  # of finished episodes: what a policy remembers
 
@@ -76,6 +80,7 @@ class ModelPolicy:
 
     def __init__(self, method: Method, play: Any):
         check_play(play, method.family)
+        check_mixture(method.cfg.model, play, method.family)
         self.play: Any = play  # `Play`, with the settings that a method adds
         self.family = method.family
         # eval mode: no router noise (Eq. 14 is for training), no dropout
@@ -90,6 +95,9 @@ class ModelPolicy:
 
     def begin(self, history: list[Prompt], rows: int) -> None:
         self.exploring = self.play.first == "random" and not history
+        # A component may stay the same for an episode: one number a task looks it up at every step.
+        stays = self.play.component_every == "episode"
+        self.u = torch.rand(rows, generator=self.rng) if stays else None
 
     def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None:
         pass  # a policy that reads finished episodes alone learns nothing from a step
@@ -111,18 +119,31 @@ class ModelPolicy:
         return torch.zeros(*shape, self.family.action_dim)
 
     def action(self, prediction: Tensor) -> Tensor:
-        """An action (N,) or (N, da) from the model's logits or means (N, A)."""
+        """An action (N,) or (N, da) from the model's logits, means or mixtures (N, A)."""
         discrete = self.family.discrete_actions
         if self.exploring:  # the model's answer is not used, but the context grows as ever
             if discrete:
                 shape = (len(prediction),)
                 return torch.randint(self.family.action_dim, shape, generator=self.rng)
-            return 2 * torch.rand(prediction.shape, generator=self.rng) - 1  # uniform in [-1, 1]
+            shape = (len(prediction), self.family.action_dim)
+            return 2 * torch.rand(shape, generator=self.rng) - 1  # uniform in [-1, 1]
         if discrete:
             return choose(prediction, self.play.actions == "greedy", self.rng)
         # Eq. 10 with a squared error learns the mean of what was done: that mean is played
         action = prediction.float().cpu()
-        if self.play.noise:
+        if is_mixture(action, self.family.action_dim):
+            action = self.of_mixture(action)
+        if self.play.noise:  # beside a component's own deviation
             noise = torch.randn(action.shape, generator=self.rng)
             action = (action + self.play.noise * noise).clamp(-1, 1)
         return action
+
+    def of_mixture(self, head: Tensor) -> Tensor:
+        """An action (N, da) from the numbers of a mixture (N, A)."""
+        shape = (len(head), self.family.action_dim)
+        policy = mixture(head, self.family.action_dim)
+        if self.play.actions == "greedy":
+            return policy.likeliest()
+        u = torch.rand(len(head), generator=self.rng) if self.u is None else self.u
+        # drawn whatever the spread: another one then changes nothing else in a seed's play
+        return policy.sample(u, self.play.spread * torch.randn(shape, generator=self.rng))

@@ -24,6 +24,7 @@ import presets
 from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
 from envs import FAMILIES, get_family
 from methods import get_method, names
+from mixture import check_mixture
 from support import distributed
 from support.checkpoint import load_config
 from support.files import end_bars
@@ -122,6 +123,7 @@ def check(cfg: Config) -> None:
             f"--prompt-length {training.prompt_length} needs more than --data-episodes "
             f"{data.data_episodes}"
         )
+    check_mixture(cfg.model, cfg.play, family)  # of all methods: none has to name it
     get_method(cfg.backbone).check(cfg, family)
 
 

@@ -68,6 +68,11 @@ def groups_of(method: type[Method]) -> dict[str, type]:
     return {"method": method.Settings, "model": method.Model, "play": method.Play}
 
 
+def before(group: type) -> dict[str, Any]:
+    """What older runs, which do not have all settings of a group, did (config.py: `before`)."""
+    return {f.name: f.metadata["before"] for f in fields(group) if "before" in f.metadata}
+
+
 def _named(holder: dict, name: str, where: str, given: str | None, find: Callable) -> None:
     """Check the family or method that a file of settings names; put the user's own path for it."""
     value = holder.get(name)
@@ -110,10 +115,13 @@ def from_plain(plain: dict, where: str, **files: str | None) -> Config:
             group = entry.default_factory
         if group is None:  # a plain value: checked with all the others at the end
             made[entry.name] = value
-        # all settings and no others: a default that has changed since must not slip in
-        elif not isinstance(value, dict) or set(value) != {f.name for f in fields(group)}:
+        elif not isinstance(value, dict):
             raise ValueError(f"{other_version} {entry.name} settings")
         else:
+            value = before(group) | value
+            # all settings and no others: a default that has changed since must not slip in
+            if set(value) != {f.name for f in fields(group)}:
+                raise ValueError(f"{other_version} {entry.name} settings")
             made[entry.name] = validated(group, value, f"{where}: ", flags=True)
     cfg = Config(**made)
     check_types(cfg, f"{where}: ")
