@@ -92,7 +92,7 @@ class Data:
 class Teachers:
     """teachers: the RL policies that make the data (Tables 2, 3); 0: the paper's value"""
 
-    teacher: Whose = "each"
+    teacher: Whose = field(default="each", metadata={"before": "each"})
     """each: one policy a task (paper). siblings: from the same weights and draws. one: for all."""
     teacher_steps: CountOrZero = 0
     """Environment steps of each task's SAC or PPO (training steps, total_timesteps)."""

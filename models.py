@@ -49,9 +49,9 @@ class ModelSettings:
     """Block whose feed-forward layer becomes the MoE (App. G.2)."""
     routing: TaskRouting = "sequence"
     """h_bar of Eq. 4: sequence (paper), prefix (no look-ahead), token (official code)."""
-    contrast_trunk: bool = True
+    contrast_trunk: bool = field(default=True, metadata={"before": True})
     """The gradient of Eq. 7 flows on into the trunk (Algorithm 1), not into the router alone."""
-    task_balance: NotNegative = 0.0
+    task_balance: NotNegative = field(default=0.0, metadata={"before": 0.0})
     """How far a step moves the bias that keeps task experts in use; 0: none (paper)."""
     task_center: bool = False
     """Centre and scale h_bar by running statistics before the task router (not in the paper)."""

@@ -260,8 +260,16 @@ def family(name: str, folder: Path) -> str:
 
 
 TEACHERS = {
-    "cart.py": Teachers(60, 30, teacher_warmup=30, teacher_hidden=8, teacher_batch=8),
-    "chain.py": Teachers(300, 150, teacher_batch=50, teacher_lr=1e-2),
+    "cart.py": Teachers(
+        teacher_steps=60,
+        teacher_save_every=30,
+        teacher_warmup=30,
+        teacher_hidden=8,
+        teacher_batch=8,
+    ),
+    "chain.py": Teachers(
+        teacher_steps=300, teacher_save_every=150, teacher_batch=50, teacher_lr=1e-2
+    ),
 }
 
 
