@@ -38,9 +38,9 @@ import tyro
 from config import Config, Rows, Text
 from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
-from figures import draw_curve
 from methods import Method
 from mixture import components_of, play_name
+from pictures.curves import draw_curve
 from policies import Policy
 from support import checkpoint
 from support.command_line import one_line, parse_evaluation
