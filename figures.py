@@ -160,7 +160,9 @@ def figure7(runs: list[Run], out: Path) -> list[Drawn]:
         for run in runs:
             if run.method.cfg.backbone == backbone:
                 about = {"run": run.name, "network": kind_of(run.method)}
-                rows += [about | row for row in cosines(run.method, run.dataset())]
+                rows += [
+                    about | row for row in cosines(run.method, run.dataset(), run.settings.prompts)
+                ]
         name = f"{runs[0].method.family.name}-{Path(backbone).stem}"
         stem = out / f"figure7-{name}"
         save(draw_triangles(rows, name), stem, rows)

@@ -15,8 +15,8 @@ import numpy as np
 from pictures.curves import pyplot
 from pictures.gradients import principal
 
-# of the corners of a square of tasks: told apart also by those who do not see red or green
-CORNERS = np.array([[0.0, 0.25, 0.65], [0.95, 0.75, 0.1], [0.1, 0.7, 0.7], [0.75, 0.1, 0.3]])
+# of the corners of a square of tasks: green, orange, blue, magenta
+CORNERS = np.array([[0.0, 0.5, 0.1], [1.0, 0.65, 0.0], [0.0, 0.3, 1.0], [0.9, 0.0, 0.7]])
 
 
 def colour_of_tasks(tasks: np.ndarray) -> np.ndarray:
@@ -24,10 +24,8 @@ def colour_of_tasks(tasks: np.ndarray) -> np.ndarray:
     if tasks.shape[1] == 2:
         span = np.ptp(tasks, axis=0)
         x, y = ((tasks - tasks.min(0)) / np.where(span, span, 1)).T[..., None]  # in [0, 1]
-        left, right = (
-            CORNERS[0] + y * (CORNERS[2] - CORNERS[0]),
-            CORNERS[1] + y * (CORNERS[3] - CORNERS[1]),
-        )
+        left = CORNERS[0] + y * (CORNERS[2] - CORNERS[0])
+        right = CORNERS[1] + y * (CORNERS[3] - CORNERS[1])
         return left + x * (right - left)
     along = principal(tasks)
     span = np.ptp(along) or 1.0
@@ -38,10 +36,10 @@ def draw_key(figure: Any, axis: Any, tasks: np.ndarray) -> None:
     """Which colour is which task: a scale, or the tasks in their own plane."""
     plt = pyplot()
     if tasks.shape[1] == 2:
-        key = axis.inset_axes((1.04, 0.6, 0.35, 0.35))
+        key = axis.inset_axes((1.03, 0.62, 0.36, 0.36))
         key.scatter(*tasks.T, c=colour_of_tasks(tasks), s=9)
         key.set_title("tasks", fontsize=7)
-        key.tick_params(labelsize=6)
+        key.tick_params(labelsize=6, left=False, labelleft=False, right=True, labelright=True)
         return
     along = principal(tasks)
     scale = plt.cm.ScalarMappable(plt.Normalize(along.min(), along.max()), "viridis")

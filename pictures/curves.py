@@ -131,7 +131,7 @@ def draw_curve(
     axis.plot(episode, returns.mean(0), label="this run, 95 % over tasks")
     if ceiling is not None:
         axis.plot(episode, ceiling, color="black", linestyle=":", label=ceiling_name)
-    # of optimum, teacher, paper and random (evaluate.play_all); those not known are left out
+    # of optimum, teacher, paper and random (evaluate.reference_lines); those not known are left out
     styles = ("--", (0, (5, 1)), "-.", (0, (1, 3)))
     for (name, value), style in zip(lines.items(), styles, strict=True):
         if value is not None:

@@ -48,6 +48,8 @@ class Figures:
     """figure1, 12, 13: how many tasks are played, held-out ones first."""
     plays: Count = 5
     """figure1, 12, 13: how often each is played; a trajectory a play."""
+    prompts: Count = 128
+    """figure7: prompts of each half of a group."""
     env: Text | None = None
     """The runs' family where it is a file of your own."""
     backbone: Text | None = None
