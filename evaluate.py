@@ -179,7 +179,9 @@ def variant(method: Method, cfg: Evaluation) -> str:
     return "-".join(parts + ["random-first"] * (settings.first == "random"))
 
 
-def reference_lines(method: Method, split: checkpoint.TaskSplit, which: str) -> dict:
+def reference_lines(
+    method: Method, split: checkpoint.TaskSplit, which: Literal["test", "train"]
+) -> dict[str, float | None]:
     """Mean returns that a run's are compared with: optimum, teacher, paper, random; None where it
     is not known. `which`: test or train, the tasks of the split.
     """

@@ -186,15 +186,19 @@ def figure13(runs: list[Run], out: Path) -> list[Drawn]:
 
 def draw_probabilities(run: Run, stem: Path) -> Drawn:
     seen, task = run.seen
-    order = np.argsort([values[0] for values in run.tasks])
-    x = np.array([run.tasks[i][0] for i in order])  # (N,)
-    gate = np.stack([seen.gate[task == i].mean(0) for i in order])  # (N, K_2)
-    first = np.stack(
-        [[(seen.task_expert[task == i] == k).mean() for k in range(gate.shape[1])] for i in order]
-    )
+    assert seen.tasks is not None, "the caller has asked"
+    number = np.array([numbers[0] for numbers in run.tasks])
+    table = []
+    for place in number.argsort(kind="stable").tolist():
+        here = task == place  # its trajectories
+        for k, gate in enumerate(seen.tasks.gate[here].mean(0).tolist()):
+            row = {"task": float(number[place]), "expert": k + 1, "gate": gate}
+            row |= {"first": float((seen.tasks.expert[here] == k).mean())}
+            table.append(row | {"split": "test" if place < len(run.split.test) else "train"})
     figure, axis = pyplot().subplots(figsize=(6.4, 4), layout="constrained")
-    for k in range(gate.shape[1]):
-        axis.plot(x, gate[:, k], marker="o", markersize=3, label=f"expert {k + 1}")
+    for k in range(seen.tasks.gate.shape[1]):
+        rows = [(row["task"], row["gate"]) for row in table if row["expert"] == k + 1]
+        axis.plot(*zip(*rows, strict=True), marker="o", markersize=3, label=f"expert {k + 1}")
     if clusters([run]):
         from families.locomotion import CLUSTERS  # the simulator loads with it
 
@@ -203,12 +207,6 @@ def draw_probabilities(run: Run, stem: Path) -> Drawn:
     axis.set(xlabel="task", ylabel="probability", ylim=(-0.02, 1.02))
     axis.set_title(f"{run.method.family.name}, {run.method.label} ({run.name})", fontsize=10)
     axis.legend(fontsize=7)
-    table = []
-    for i, place in enumerate(order):
-        for k in range(gate.shape[1]):
-            table.append({"task": float(x[i]), "expert": k + 1, "gate": float(gate[i, k])})
-            split = "test" if place < len(run.split.test) else "train"
-            table[-1] |= {"first": float(first[i, k]), "split": split}
     save(figure, stem, table)
     return Drawn(stem, "Mean gate of each task expert (Eq. 4) on fresh trajectories of each task.")
 

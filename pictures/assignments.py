@@ -9,55 +9,35 @@ Shapes: M trajectories, S tokens each, N tasks, K experts.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pictures.colours import colour_of_tasks, draw_key, points
 from pictures.curves import pyplot, save, write_table
 from pictures.numbers import compared, entropy, in_words, information, rank_correlation, silhouette
-from pictures.routers import Seen
+from pictures.routers import TasksSeen, TokensSeen
 from pictures.runs import Drawn, Run
 
 MODALITIES = ("state", "action", "reward")
 
 
 def draw_assignments(run: Run, stem: Path) -> Drawn:
-    """One run's picture. Tokens are a sample, as many of each modality: thousands would be a blot;
-    the numbers are of all of them. Beside stem.csv (the points), stem-numbers.csv.
+    """Tokens by modality and by expert, trajectories by task: those of them that the run has.
+
+    Beside stem.csv, whose points are drawn, stem-numbers.csv has the numbers of the caption.
     """
     seen, task = run.seen
-    tasks = np.asarray(run.tasks, float)
-    panels = (2 if seen.token_logits is not None else 0) + (seen.z is not None)
-    plt = pyplot()
-    size = (4.6 * panels, 5.4)
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    panels = 2 * (seen.tokens is not None) + (seen.tasks is not None)
+    form = {"figsize": (4.6 * panels, 5.4), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot().subplots(1, panels, **form)
     axes, table, rows = list(axes[0]), [], []
-    if seen.token_logits is not None:
-        which = sample_of_tokens(seen)
-        logits = seen.token_logits.reshape(-1, seen.token_logits.shape[-1])[which]
-        at, expert = points(logits), seen.token_expert.ravel()[which]
-        modality = np.tile(seen.modality, len(task))[which]
-        scatter(axes.pop(0), at, modality, MODALITIES, "tokens by modality")
-        experts = [f"expert {i + 1}" for i in range(logits.shape[1])]
-        scatter(axes.pop(0), at, expert, experts, "tokens by expert")
-        for (x, y), m, e in zip(at.tolist(), modality, expert.tolist(), strict=True):
-            table.append({"of": "token", "x": x, "y": y, "modality": MODALITIES[m]})
-            table[-1] |= {"expert": e + 1, "task": "", "split": ""}
-    if seen.z is not None:
-        axis, at, held_out = axes.pop(0), points(seen.z), task < len(run.split.test)
-        colour = colour_of_tasks(tasks)[task]
-        for is_test, marker in ((True, "o"), (False, "x")):
-            rest = {"marker": marker, "s": 16, "label": "held-out" if is_test else "trained on"}
-            if (held_out == is_test).any():
-                axis.scatter(*at[held_out == is_test].T, c=colour[held_out == is_test], **rest)
-        axis.set(title="trajectories by task", xticks=[], yticks=[])
-        axis.legend(fontsize=7)
-        draw_key(figure, axis, tasks)
-        for (x, y), t, e in zip(at.tolist(), task, seen.task_expert.tolist(), strict=True):
-            said = " ".join(f"{v:g}" for v in run.tasks[t][:3])  # of 65 numbers the first ones
-            table.append({"of": "trajectory", "x": x, "y": y, "modality": "", "expert": e + 1})
-            table[-1] |= {"task": said, "split": "test" if t < len(run.split.test) else "train"}
-    rows = routing_numbers(seen, task, tasks)
+    if seen.tokens is not None:
+        table += draw_tokens(axes[:2], seen.tokens)
+        rows += token_numbers(seen.tokens)
+    if seen.tasks is not None:
+        table += draw_trajectories(figure, axes[-1], seen.tasks, task, run)
+        rows += task_numbers(seen.tasks, task, np.asarray(run.tasks, float))
     caption = in_words(rows)
     figure.suptitle(f"{run.method.family.name}, {run.method.label} ({run.name})", fontsize=11)
     figure.supxlabel(caption, fontsize=8)
@@ -66,15 +46,27 @@ def draw_assignments(run: Run, stem: Path) -> Drawn:
     return Drawn(stem, caption)
 
 
-def sample_of_tokens(seen: Seen, each: int = 150) -> np.ndarray:
-    """Places in the M*S tokens: up to `each` of every modality, always the same ones."""
-    rng, rows = np.random.default_rng(0), len(seen.token_expert)
-    modality = np.tile(seen.modality, rows)
-    found = [np.flatnonzero(modality == m) for m in range(3)]
-    return np.concatenate([rng.permutation(places)[:each] for places in found])
+def draw_tokens(axes: list, seen: TokensSeen, each: int = 150) -> list[dict]:
+    """The same points twice; the rows of the CSV. A sample, `each` of every modality, always the
+    same ones: all of them would be a blot, and take hours. The numbers are of all.
+    """
+    rng = np.random.default_rng(0)
+    modality = np.tile(seen.modality, len(seen.expert))  # (M*S,)
+    found = [np.flatnonzero(modality == m) for m in range(len(MODALITIES))]
+    which = np.concatenate([rng.permutation(places)[:each] for places in found])
+    modality, expert = modality[which], seen.expert.ravel()[which]
+    at = points(seen.logits.reshape(-1, seen.logits.shape[-1])[which])
+    experts = tuple(f"expert {i + 1}" for i in range(seen.logits.shape[-1]))
+    scatter(axes[0], at, modality, MODALITIES, "tokens by modality")
+    scatter(axes[1], at, expert, experts, "tokens by expert")
+    empty = {"task": "", "split": ""}
+    return [
+        {"of": "token", "x": x, "y": y, "modality": MODALITIES[m], "expert": e + 1} | empty
+        for (x, y), m, e in zip(at.tolist(), modality, expert.tolist(), strict=True)
+    ]
 
 
-def scatter(axis, at: np.ndarray, kind: np.ndarray, names, title: str) -> None:
+def scatter(axis: Any, at: np.ndarray, kind: np.ndarray, names: tuple, title: str) -> None:
     colours = pyplot().get_cmap("tab10" if len(names) <= 10 else "tab20")
     for i, name in enumerate(names):
         if (kind == i).any():
@@ -83,35 +75,50 @@ def scatter(axis, at: np.ndarray, kind: np.ndarray, names, title: str) -> None:
     axis.legend(fontsize=7, markerscale=2)
 
 
-def routing_numbers(seen: Seen, task: np.ndarray, tasks: np.ndarray) -> list[dict]:
-    """The rows of pictures/numbers.py for what was seen of M trajectories of tasks (N, numbers)."""
-    rows = []
-    if seen.token_expert is not None:
-        modality = np.tile(seen.modality, len(task))
-        rows.append(
-            compared(
-                "I(token expert; modality), bits",
-                lambda experts: information(experts, modality),
-                seen.token_expert.ravel(),
-                [experts.ravel() for experts in seen.untrained_token],
-                entropy(modality),
-            )
-        )
-    if seen.z is not None:
-        span = np.ptp(tasks, axis=0)
-        places = tasks / np.where(span, span, 1)  # every number of a task counts alike
-        rows.append(
-            compared(
-                "I(task expert; task), bits",
-                lambda experts: information(experts, task),
-                seen.task_expert,
-                [z.argmax(-1) for z in seen.untrained_z],
-                min(entropy(task), np.log2(seen.z.shape[1])),
-            )
-        )
-        for name, number in (
-            ("silhouette of router logits by task", lambda z: silhouette(z, task)),
-            ("rank correlation of distances", lambda z: rank_correlation(z, task, places)),
-        ):
-            rows.append(compared(name, number, seen.z, seen.untrained_z, 1.0))
+def draw_trajectories(
+    figure: Any, axis: Any, seen: TasksSeen, task: np.ndarray, run: Run
+) -> list[dict]:
+    """z of M trajectories, in the colours of their tasks; the rows of the CSV."""
+    tasks, at = np.asarray(run.tasks, float), points(seen.z)
+    split = np.where(task < len(run.split.test), "test", "train")
+    for kind, marker, name in (("test", "o", "held-out"), ("train", "x", "trained on")):
+        if (split == kind).any():
+            colour = colour_of_tasks(tasks)[task[split == kind]]
+            axis.scatter(*at[split == kind].T, c=colour, marker=marker, s=16, label=name)
+    axis.set(title="trajectories by task", xticks=[], yticks=[])
+    axis.legend(fontsize=7)
+    draw_key(figure, axis, tasks)
+    empty = {"of": "trajectory", "modality": ""}
+    return [
+        empty
+        | {"x": x, "y": y, "expert": e + 1, "split": str(s)}
+        | {"task": " ".join(f"{v:g}" for v in run.tasks[t][:3])}  # of 65 numbers the first ones
+        for (x, y), t, e, s in zip(at.tolist(), task, seen.expert.tolist(), split, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------- the numbers
+def token_numbers(seen: TokensSeen) -> list[dict]:
+    """The row of all M*S tokens."""
+    modality = np.tile(seen.modality, len(seen.expert))
+    name = "I(token expert; modality), bits"
+    untrained = [experts.ravel() for experts in seen.untrained]
+    most = entropy(modality)
+    return [
+        compared(name, lambda e: information(e, modality), seen.expert.ravel(), untrained, most)
+    ]
+
+
+def task_numbers(seen: TasksSeen, task: np.ndarray, tasks: np.ndarray) -> list[dict]:
+    """The rows of M trajectories, of tasks (N, numbers)."""
+    span = np.ptp(tasks, axis=0)
+    places = tasks / np.where(span, span, 1)  # every number of a task counts alike
+    most = min(entropy(task), float(np.log2(seen.z.shape[1])))
+    name, experts = "I(task expert; task), bits", [z.argmax(-1) for z in seen.untrained]
+    rows = [compared(name, lambda e: information(e, task), seen.expert, experts, most)]
+    for name, number in (
+        ("silhouette of router logits by task", lambda z: silhouette(z, task)),
+        ("rank correlation of distances", lambda z: rank_correlation(z, task, places)),
+    ):
+        rows.append(compared(name, number, seen.z, seen.untrained, 1.0))
     return rows

@@ -74,17 +74,31 @@ def fresh(method: Method, tasks: list, plays: int) -> tuple[Prompt, np.ndarray]:
 
 # ------------------------------------------------------------------------------------- reading them
 @dataclass
-class Seen:
-    """What the topmost MoE layer makes of M trajectories; None where it has no such experts."""
+class TokensSeen:
+    """What the token router makes of M trajectories."""
 
     modality: np.ndarray  # (S,): 0 state, 1 action, 2 reward, of the tokens of tau
-    token_logits: np.ndarray | None  # (M, S, K_1), without noise
-    token_expert: np.ndarray | None  # (M, S): the best of the kept
-    z: np.ndarray | None  # (M, K_2)
-    gate: np.ndarray | None  # (M, K_2): w_task(i; h_bar), 0 where not kept; rows sum to 1
-    task_expert: np.ndarray | None  # (M,): the one with the largest gate
-    untrained_token: list[np.ndarray]  # (M, S) each: token experts of new routers
-    untrained_z: list[np.ndarray]  # (M, K_2) each
+    logits: np.ndarray  # (M, S, K_1), without noise
+    expert: np.ndarray  # (M, S): the best of the kept
+    untrained: list[np.ndarray]  # (M, S) each: the experts of new routers
+
+
+@dataclass
+class TasksSeen:
+    """What the task router makes of M trajectories."""
+
+    z: np.ndarray  # (M, K_2)
+    gate: np.ndarray  # (M, K_2): w_task(i; h_bar), 0 where not kept; rows sum to 1
+    expert: np.ndarray  # (M,): the one with the largest gate
+    untrained: list[np.ndarray]  # (M, K_2) each: z of new routers
+
+
+@dataclass
+class Seen:
+    """What the topmost MoE layer makes of them; None where it has no such experts."""
+
+    tokens: TokensSeen | None
+    tasks: TasksSeen | None
 
 
 def has_experts(method: Method) -> bool:
@@ -106,57 +120,56 @@ def tokens_of(model: Any, prompt: Prompt) -> tuple[Tensor, View]:
 def look(method: Method, prompt: Prompt, batch: int = 8) -> Seen:
     """Read M trajectories, a few at a time. Raises ValueError for a run without experts."""
     if not has_experts(method):
-        raise ValueError("it has no experts")
+        raise ValueError(f"{method.label} has no experts")
     model: Any = method.model.eval()  # no noise, no dropout
     layer = model.blocks[model.cfg.moe_blocks[-1]].ff
-    caught: list[Tensor] = []  # h of the layer that is looked at
-    hook = layer.register_forward_hook(lambda _module, args, _out: caught.append(args[0]))
-    parts = []
+    caught: list[Tensor] = []  # h of the layer that is looked at, of tau's tokens: (B, S, D) each
+    hook = layer.register_forward_hook(
+        lambda _module, args, _out: caught.append(args[0][:, args[1].prompt])  # h, view
+    )
     try:
         for rows in torch.arange(len(prompt.rewards)).split(batch):
-            some = Prompt(prompt.states[rows], prompt.actions[rows], prompt.rewards[rows])
-            x, view = tokens_of(model, some)
+            x, view = tokens_of(
+                model, Prompt(prompt.states[rows], prompt.actions[rows], prompt.rewards[rows])
+            )
             model.run(x, view, torch.tensor([x.shape[1] - 1], device=x.device))
-            parts.append(of_layer(layer, caught.pop()[:, view.prompt]))
     finally:
         hook.remove()
-    arrays = {}
-    for name, value in parts[0].items():
-        if isinstance(value, list):  # of each untrained router
-            columns = zip(*(part[name] for part in parts), strict=True)
-            arrays[name] = [torch.cat(column).cpu().numpy() for column in columns]
-        elif value is None:
-            arrays[name] = None
-        else:
-            arrays[name] = torch.cat([part[name] for part in parts]).cpu().numpy()
-    return Seen(modality=np.arange(3 * prompt.steps) % 3, **arrays)
+    h = torch.cat(caught)  # (M, S, D)
+    return Seen(
+        tokens_seen(layer, h) if layer.has_token else None,
+        tasks_seen(layer, h) if layer.has_task else None,
+    )
 
 
-def of_layer(layer: MoELayer, h: Tensor) -> dict[str, Any]:
-    """All fields of `Seen` but the modality, for hidden states h (B, S, D) of tau's tokens."""
-    found = dict.fromkeys(("token_logits", "token_expert", "z", "gate", "task_expert"))
-    found |= {"untrained_token": [], "untrained_z": []}
-    if layer.has_token:
-        found["token_logits"] = layer.token_router.router(h)
-        found["token_expert"] = found["token_logits"].argmax(-1)  # top-k's first
-        new = untrained(h.shape[-1], layer.token_router.experts, h)
-        found["untrained_token"] = [router(h).argmax(-1) for router in new]
-    if layer.has_task:
-        # as in Eq. 7: the mean token; only where the gate never sees a mean, the logits' mean
-        tau = layer.center(h if layer.routing == "token" else h.float().mean(1))
-        routing = layer.task_router.gate(tau, layer.task_k)
-        experts = len(layer.task.weight1)  # K_2
-        found["gate"] = over_tokens(dense_gates(routing, experts))
-        found["task_expert"] = found["gate"].argmax(-1)
-        found["z"] = over_tokens(layer.task_router(tau))
-        new = untrained(h.shape[-1], experts, h)
-        found["untrained_z"] = [over_tokens(router(tau)) for router in new]
-    return found
+def tokens_seen(layer: MoELayer, h: Tensor) -> TokensSeen:
+    logits = layer.token_router.router(h)  # (M, S, K_1)
+    new = untrained(h.shape[-1], logits.shape[-1], h)
+    return TokensSeen(
+        modality=np.arange(h.shape[1]) % 3,
+        logits=logits.cpu().numpy(),
+        expert=logits.argmax(-1).cpu().numpy(),  # the first of the top k
+        untrained=[router(h).argmax(-1).cpu().numpy() for router in new],
+    )
 
 
-def over_tokens(x: Tensor) -> Tensor:
-    """One row a trajectory: (B, K) as it is, (B, S, K) averaged over its tokens."""
-    return x.mean(1) if x.dim() == 3 else x
+def tasks_seen(layer: MoELayer, h: Tensor) -> TasksSeen:
+    # as in Eq. 7: the mean token; only where the gate never sees a mean, the mean of the logits
+    tau = layer.center(h if layer.routing == "token" else h.float().mean(1))
+    experts = len(layer.task.weight1)  # K_2
+
+    def one_each(x: Tensor) -> np.ndarray:
+        """A row a trajectory: (M, K) as it is, (M, S, K) averaged over its tokens."""
+        return (x.mean(1) if x.dim() == 3 else x).cpu().numpy()
+
+    gate = one_each(dense_gates(layer.task_router.gate(tau, layer.task_k), experts))
+    new = untrained(h.shape[-1], experts, h)
+    return TasksSeen(
+        z=one_each(layer.task_router(tau)),
+        gate=gate,
+        expert=gate.argmax(-1),
+        untrained=[one_each(router(tau)) for router in new],
+    )
 
 
 def untrained(width: int, experts: int, like: Tensor) -> list[Router]:
