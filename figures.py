@@ -244,7 +244,12 @@ def router_health(runs: list[Run], out: Path) -> list[Drawn]:
         raise LeftOut("train.csv of these runs knows nothing of routers")
     stem = out / ("router_health" if len(runs) > 1 else f"router_health-{runs[0].name}")
     save(figure, stem, table)
-    return [Drawn(stem, "Dashed: on fresh draws; dotted: what chance would give.")]
+    return [
+        Drawn(
+            stem,
+            "Columns of train.csv; those that end in _fresh: on draws that no gradient came from.",
+        )
+    ]
 
 
 # ---------------------------------------------------------------------------------------- all of it
