@@ -74,12 +74,14 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
     runs, results = tmp_path / "runs" / "paper", tmp_path / "results" / "paper" / "table1"
     kept = contents(runs / done), contents(results)[f"{done}.json"]
 
-    process, end = start(both, script="reproduce.py", cwd=tmp_path), time.monotonic() + 100
-    while not (runs / stopped / checkpoint.FILE).exists():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    process, end = start(both, script="reproduce.py", cwd=tmp_path), time.monotonic() + 300
+    try:
+        while not (runs / stopped / checkpoint.FILE).exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
     with only_writer(runs / stopped, seconds=60):  # its training was told to end
         assert 0 < checkpoint.read(runs / stopped)[1].step < 150
     assert not (results / f"{stopped}.json").exists()
