@@ -17,7 +17,7 @@ from config import Config
 from data import read_meta
 from evaluate import play
 from support.distributed import resolve_device
-from tools.bench import random_dataset
+from tools.measuring import random_dataset
 from train import draw, make_method, training_step
 
 LONGEST = 20.0  # seconds of steps that a trial measures at most
