@@ -8,13 +8,14 @@ Read after evaluate.py.
     python reproduce.py departures --envs darkroom --backbones dpt --variants cpu "routing sequence"
     python reproduce.py table1 --minutes 0          what it would run, and how long that would take
 
-What varies, and the paper's numbers: experiments.py. How a table is made of the evaluations:
-compare.py. Here: which runs there are, what they will take, and in which order things are done:
+What varies, and the paper's numbers: experiments/paper.py. How a table is made of the evaluations:
+experiments/compare.py. Here: which runs there are, what they will take, and in which order things
+are done:
 
     plan       every run of the experiment, its settings checked; nothing is written yet
     measure    a few steps and episodes of each family and method, on data without a meaning
     collect    the datasets, one after another; runs that share one find it whole
-    run        train.py and evaluate.py, one run a core or GPU (support/runs.py)
+    run        train.py and evaluate.py, one run a core or GPU (experiments/runs.py)
     table      of all runs that are finished
 
 A run is named by its settings, so that experiments share it. What is finished is skipped, what was
@@ -42,11 +43,13 @@ import torch
 import tyro
 
 import collect
-from compare import Cell, as_markdown, make_rows, write_table
 from config import Config, CountOrZero, NotNegative, Rows, Seed, Text, Threads
 from data import read_meta
 from envs import get_family
-from experiments import Experiment, get_experiment, variants_of
+from experiments.compare import Cell, as_markdown, make_rows, write_table
+from experiments.paper import Experiment, get_experiment, variants_of
+from experiments.projection import Trial, in_words, measure, seconds_of
+from experiments.runs import NOT_STARTED, Job, finished, steps_done, work
 from methods import names
 from support.command_line import (
     as_flags,
@@ -60,8 +63,6 @@ from support.command_line import (
 from support.distributed import resolve_device
 from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.projection import Trial, in_words, measure, seconds_of
-from support.runs import NOT_STARTED, Job, finished, steps_done, work
 from support.settings import FREE, check_types, flat, leaves, with_values
 
 
@@ -70,7 +71,7 @@ class Reproduction:
     """Run one of the paper's experiments and make its table. The same command continues it."""
 
     experiment: tyro.conf.Positional[Text]
-    """table1, ablation, quality, token-experts, task-experts, ... (experiments.py)."""
+    """table1, ablation, quality, token-experts, task-experts, ... (experiments/paper.py)."""
     envs: tuple[Text, ...] = ()
     """Task families (default: those of the paper's table)."""
     backbones: tuple[Text, ...] = ("ad", "dpt")

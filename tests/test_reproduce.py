@@ -16,15 +16,15 @@ import pytest
 from commands import at_home, contents, run, start
 from tiny import SMALL
 
-from compare import COLUMNS, Cell, as_csv, as_markdown, interval, make_rows, paired
 from envs import FAMILIES, get_family
-from experiments import EXPERIMENTS, TABLE_1, variants_of
+from experiments.compare import COLUMNS, Cell, as_csv, as_markdown, interval, make_rows, paired
+from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
+from experiments.projection import in_words
+from experiments.runs import FORMAT, _one_gpu
 from reproduce import Reproduction, plan
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
 from support.files import only_writer, save_json
-from support.projection import in_words
-from support.runs import FORMAT, _one_gpu
 from support.settings import flat, with_values
 
 RUN = {"seed", "preset", "eval_every", "eval_episodes", "device", "dtype"}

@@ -1,4 +1,4 @@
-"""experiments.py: what the paper's experiments vary, and its numbers (Sec. 5; Tables 1, 6-11).
+"""paper.py: what the paper's experiments vary, and its numbers (Sec. 5; Tables 1, 6-11).
 
 in : an experiment's name, the settings of a preset      out: its variants as settings; a number
 Read beside reproduce.py, which runs them.

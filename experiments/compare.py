@@ -1,6 +1,6 @@
 """compare.py: from evaluations to a table: means, intervals, paired differences (Tables 1, 6-11).
 
-in : the CSVs that evaluate.py wrote, and their records (support/runs.py)
+in : the CSVs that evaluate.py wrote, and their records (experiments/runs.py)
 out: rows, as table.csv and table.md
 Read beside reproduce.py.
 
@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from evaluate import LAST, normalised
+from experiments.runs import read_record
 from support.files import write_atomically
-from support.runs import read_record
 
 # fmt: off
 COLUMNS = (
