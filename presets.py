@@ -114,7 +114,10 @@ CPU_SHARED = {
 }
 # Long episodes (100 or 200 steps of a continuous family) make long rows, hence fewer of them.
 _CPU_LONG_AD = dict(steps=350, batch=8, episodes=15, history=2, eval_every=250)
-_CPU_LONG_DPT = dict(steps=600, batch=16, queries=32, episodes=10, eval_every=500)
+# task_balance: without it a task expert dies here.
+_CPU_LONG_DPT = dict(
+    steps=600, batch=16, queries=32, episodes=10, eval_every=500, task_balance=0.003
+)
 # Recipes: a prompt by the task's own teachers gives the task away through its actions. `wander`
 # for AD, which imitates all it reads and cannot imitate random actions; `explore` for DPT, whose
 # labels are the teachers' whoever plays. A first episode at random sees more than the mean action.

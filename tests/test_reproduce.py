@@ -285,8 +285,8 @@ def test_experiments_share_runs_and_settings_tell_them_apart():
     one, two = planned("table1"), planned("task-experts")
     assert one["T2MIR", 1] == two["2/8", 1] == "point-robot-ad-cpu-s1"
     assert len({*one.values(), *two.values()}) == 3 * (2 + 3 - 1)
-    given = planned("table1", "lr=0.5", "noise=0", "threads=2")
-    assert given["plain", 0] == "point-robot-ad-moe=none-lr=0.5-noise=0-cpu-s0"
+    given = planned("table1", "lr=0.5", "noise=0.1", "threads=2")
+    assert given["plain", 0] == "point-robot-ad-moe=none-lr=0.5-noise=0.1-cpu-s0"
     long = planned("table1", "init=../c d", "lr=0.5", "batch=8", "steps=7", "ff=64")
     assert all(len(name) < 120 and "/" not in name and " " not in name for name in long.values())
 
