@@ -63,6 +63,8 @@ class ModelSettings:
     """K_2, experts of the task-wise MoE (Tables 4, 5)."""
     top_k: Few = 2
     """k, experts that each router keeps (Tables 6, 7: 2 of 6 and 2 of 8)."""
+    token_top_k: FewOrNone = field(default=0, metadata={"before": 0})
+    """k of the token router alone (Table 6 varies it, and not the other's); 0: --top-k."""
     token_hidden: Units = 1536
     """Hidden units of all token experts together."""
     task_hidden: Units = 2048
@@ -98,8 +100,10 @@ class ModelSettings:
             raise ValueError(f"--width {self.width} is odd: two MoEs share it equally")
         for name in ("token", "task"):
             experts, hidden = getattr(self, f"{name}_experts"), getattr(self, f"{name}_hidden")
-            if self.top_k > experts:  # there are no k largest of fewer than k logits
-                raise ValueError(f"--top-k {self.top_k} is above --{name}-experts {experts}")
+            own = name == "token" and self.token_top_k
+            flag, k = ("--token-top-k", self.token_top_k) if own else ("--top-k", self.top_k)
+            if k > experts:  # there are no k largest of fewer than k logits
+                raise ValueError(f"{flag} {k} is above --{name}-experts {experts}")
             if hidden % experts:  # every expert has the same share of the hidden units
                 raise ValueError(
                     f"--{name}-hidden {hidden} is not a multiple of --{name}-experts {experts}"
@@ -214,7 +218,7 @@ class Block(nn.Module):
             self.ff = MoELayer(
                 cfg.width,
                 cfg.moe,
-                token=(cfg.token_experts, cfg.top_k, cfg.token_hidden),
+                token=(cfg.token_experts, cfg.token_top_k or cfg.top_k, cfg.token_hidden),
                 task=(cfg.task_experts, cfg.top_k, cfg.task_hidden),
                 routing=cfg.routing,
                 w_imp=cfg.w_importance,

@@ -209,8 +209,8 @@ class Experts(nn.Module):
     def tokens(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N out"]:
         """sum_i w(i; x) E_i(x), a gate for every token: x (N, D), routing (N, k)   (Eq. 2).
 
-        Tokens are sorted by expert, so that each expert is one dense product over a contiguous
-        slice: experts that a token did not keep cost nothing, which is the point of sparse experts.
+        Tokens are sorted by expert, each then one dense product over a contiguous slice: what was
+        not kept costs nothing, the point of sparse experts. While decoding, few have any token.
         """
         k = routing.index.shape[-1]
         chosen = routing.index.flatten()  # (N*k,): k choices of token 0, k of token 1, ...
@@ -222,7 +222,7 @@ class Experts(nn.Module):
         slices = x.index_select(0, token_of).split(count)  # K slices, (n, D) each
         stacks = (self.weight1, self.bias1, self.weight2, self.bias2)
         experts = zip(slices, *(stack.unbind() for stack in stacks), strict=True)
-        y = torch.cat([two_layers(part, *weights) for part, *weights in experts])  # (N*k, out)
+        y = torch.cat([two_layers(part, *weights) for part, *weights in experts if len(part)])
         gate = routing.weight.flatten().index_select(0, order)  # w(i; x) of each choice
         y = y * gate[:, None].to(y.dtype)
         # Add up the k weighted answers of each token, at the token's own place.

@@ -42,7 +42,7 @@ from support.stop import Stop, by_exception
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on the disk, of a quota, by ulimit
 
 
-def _cli(default: Any, argv: list[str], description: str) -> Any:
+def cli(default: Any, argv: list[str], description: str) -> Any:
     """Flags over defaults; unknown ones end the program with tyro's message."""
     return tyro.cli(
         type(default),
@@ -75,11 +75,16 @@ def first_look(argv: list[str]) -> Chosen:
     """These three, with `auto` resolved. Raises ValueError for a preset that is none."""
     chosen, _ = tyro.cli(Chosen, args=argv, return_unknown_args=True, add_help=False)
     # not by its type: the parser of these three flags would answer with a usage of its own
-    if chosen.preset not in ("auto", "paper", "cpu"):
-        raise ValueError(f"unknown preset '{chosen.preset}': choose auto, paper or cpu")
-    if chosen.preset == "auto":
-        chosen = replace(chosen, preset="paper" if torch.cuda.is_available() else "cpu")
-    return chosen
+    return replace(chosen, preset=resolve_preset(chosen.preset))
+
+
+def resolve_preset(preset: str) -> Any:
+    """paper or cpu: what `auto` is on this machine. Raises ValueError for what is no preset."""
+    if preset not in ("auto", "paper", "cpu"):
+        raise ValueError(f"unknown preset '{preset}': choose auto, paper or cpu")
+    if preset == "auto":
+        return "paper" if torch.cuda.is_available() else "cpu"
+    return preset
 
 
 # ---------------------------------------------------------------------------------------- train.py
@@ -101,7 +106,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     chosen = first_look(argv)
     default = preset_config(chosen.preset, chosen.env, chosen.backbone)
     known = f"environments: {', '.join(FAMILIES)}; backbones: {', '.join(names())}"
-    cfg = replace(_cli(default, argv, known), preset=chosen.preset)  # what `auto` came to is kept
+    cfg = replace(cli(default, argv, known), preset=chosen.preset)  # what `auto` came to is kept
     check(cfg)
     return cfg
 
@@ -127,15 +132,39 @@ def check(cfg: Config) -> None:
     get_method(cfg.backbone).check(cfg, family)
 
 
+def departures(cfg: Config) -> dict[str, tuple[Any, Any]]:
+    """{setting: (its value in the preset `paper`, here)} where the two differ."""
+    paper = flat(preset_config("paper", cfg.data.env, cfg.backbone))
+    return {
+        name: (paper[name], value)
+        for group, name, value in leaves(cfg)
+        # where and who is free, what is not
+        if group not in ("", "work", "run") and name not in FREE and value != paper[name]
+    }
+
+
 def differences(cfg: Config) -> list[str]:
     """'name: paper -> here' for every setting in which a run departs from the preset `paper`."""
-    paper = flat(preset_config("paper", cfg.data.env, cfg.backbone))
-    changed = []
-    for group, name, value in leaves(cfg):
-        free = group in ("", "work", "run") or name in FREE  # where and who, not what
-        if not free and value != paper[name]:
-            changed.append(f"{name}: {paper[name]} -> {value}")
-    return changed
+    return [f"{name}: {paper} -> {here}" for name, (paper, here) in departures(cfg).items()]
+
+
+def flags_of(cfg: Config) -> list[str]:
+    """The command line of train.py that gives `cfg`: what its preset does not say already."""
+    preset = flat(preset_config(cfg.preset, cfg.data.env, cfg.backbone))
+    line = ["--env", cfg.data.env, "--backbone", cfg.backbone, "--preset", cfg.preset]
+    return line + as_flags({k: v for k, v in flat(cfg).items() if v != preset[k]})
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """{name: value} as flags; None, which no flag can say, is left out."""
+    line = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", str(value)]
+    return line
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
@@ -166,12 +195,12 @@ def parse_evaluation(command: type, argv: list[str] | None = None) -> Any:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or not argv[0] or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            _cli(command("runs/...", play=Play()), argv, "a method adds settings of its own")
+            cli(command("runs/...", play=Play()), argv, "a method adds settings of its own")
         raise ValueError("name the run first: python evaluate.py runs/... [settings]")
     # what is read from a run's folder must not choose which file is run: the user names it
     files, _ = tyro.cli(Files, args=argv[1:], return_unknown_args=True, add_help=False)
     run = load_config(argv[0], env=files.env, backbone=files.backbone)
-    evaluation = _cli(command(argv[0], play=run.play), argv, "")
+    evaluation = cli(command(argv[0], play=run.play), argv, "")
     check_types(evaluation)
     return evaluation
 
@@ -179,7 +208,7 @@ def parse_evaluation(command: type, argv: list[str] | None = None) -> Any:
 # --------------------------------------------------------------------------------------- figures.py
 def parse_figures(command: type, argv: list[str] | None = None) -> Any:
     """figures.py's command line: its settings (`command`), none of which is a run's own."""
-    settings = _cli(command(), sys.argv[1:] if argv is None else argv, "")
+    settings = cli(command(), sys.argv[1:] if argv is None else argv, "")
     check_types(settings)
     return settings
 
@@ -205,7 +234,7 @@ def parse_collection(argv: list[str] | None = None) -> tuple[Collection, str | N
     get_family(chosen.env)
     values = presets.data_values(chosen.preset, chosen.env) | {"env": chosen.env}
     default = with_values(CollectCommand(preset=chosen.preset), values)
-    command = _cli(default, argv, f"environments: {', '.join(FAMILIES)}")
+    command = cli(default, argv, f"environments: {', '.join(FAMILIES)}")
     check_types(command)
     return Collection(command.data, command.teachers, command.work), command.export_minari
 

@@ -18,11 +18,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,28 @@ def _run_here(work: Work, job):
     with _job_in_hand:
         _alive()  # the job may have waited in the pool's queue meanwhile
         return work(job, _alive)
+
+
+def run_command(
+    line: list[str], log: Path, alive: Callable[[], None], folder: str, environment: dict[str, str]
+) -> int:
+    """A command as a process of its own, in `folder`; its exit code, < 0 of one that was killed.
+
+    What it prints goes behind what is in `log`. A job that is asked to stop asks it too (SIGTERM),
+    and waits until it has.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as out:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(line, cwd=folder, env=os.environ | environment, **pipes)
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=0.5)
+                alive()
+        finally:
+            process.terminate()  # nothing where it has ended
+            process.wait()
 
 
 def _run_on_cluster(work: Work, job):

@@ -8,7 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -78,18 +78,24 @@ class Ended:
 def run(script: str, argv: list[str], monkeypatch, capsys) -> Ended:
     """`python SCRIPT ARGV...` as the interpreter runs it, in this process."""
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *argv])
-    code, why = 0, ""
-    before = {number: signal.getsignal(number) for number in ASKED}
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        code, why = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
-    finally:
-        for number, handler in before.items():  # a script ends with its process, this one goes on
-            signal.signal(number, handler)
+    code, why = as_script(str(ROOT / script), argv)
     out, err = capsys.readouterr()
     return Ended(code, out, err + why)
+
+
+def as_script(path: str, argv: list[str]) -> tuple[int, str]:
+    """Runs a script as if it were a process; its exit code and what that would print at its end."""
+    before = {number: signal.getsignal(number) for number in ASKED}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *argv])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            return (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+        finally:
+            for number, handler in before.items():  # a script ends with its process, this goes on
+                signal.signal(number, handler)
+    return 0, ""
 
 
 class Trap:
@@ -109,9 +115,16 @@ def at_home():
     def run_jobs(work, jobs, workers, cluster=None, watch=lambda: None):
         return [work(job, lambda: None) for job in jobs]
 
+    def run_command(line, log, alive, folder, environment):
+        with open(log, "a") as out, redirect_stdout(out), redirect_stderr(out), chdir(folder):
+            code, why = as_script(line[1], line[2:])
+            out.write(why)
+        return code
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (collect, teachers, jobs):  # jobs: for scripts that `run` begins anew
             patch.setattr(module, "run_jobs", run_jobs)
+        patch.setattr(jobs, "run_command", run_command)
         yield
 
 

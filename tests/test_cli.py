@@ -21,6 +21,7 @@ from dpt import DPTPlay
 from envs import FAMILIES, get_family, split_tasks
 from evaluate import Evaluation
 from methods import get_method
+from reproduce import Reproduction
 from support.command_line import (
     CollectCommand,
     differences,
@@ -74,7 +75,9 @@ def budget(script, argv, tiny_config) -> list[str]:
         return ["--episodes", "1"]
     if script == "tools/bench.py":
         return ["--only", "env-point-robot-batched", "--threads", "1"]
-    if script not in ("train.py", "collect.py"):
+    if script == "figures.py":
+        return ["--tasks", "4", "--plays", "1", "--prompts", "4"]
+    if script not in ("train.py", "collect.py", "reproduce.py"):
         return []
     cfg, family = changed(tiny_config, datasets="datasets"), get_family(env)
     if env != "darkroom":
@@ -86,8 +89,12 @@ def budget(script, argv, tiny_config) -> list[str]:
     data = {k: v for k, v in flat(cfg).items() if k not in ("env", "quality", "recipe")}
     if script == "collect.py":
         return flags(data | {"data_episodes": 5, "data_queries": 5})
-    small = {name: SMALL[name] for name in BUDGET}
-    return flags(data | small | {"prompt_length": family.horizon})
+    small = data | {name: SMALL[name] for name in BUDGET} | {"prompt_length": family.horizon}
+    if script == "reproduce.py":  # one run, whose settings stand behind --set
+        given = [f"{name}={value}" for name, value in small.items() if value is not None]
+        one = ["--seeds", "0", "--backbones", "dpt", "--variants", "T2MIR", "--trial", "1"]
+        return [*one, "--repeats", "1", "--set", *given]
+    return flags(small)
 
 
 def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
@@ -111,6 +118,8 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
         assert row["command"].startswith("python ") and row["steps"] == str(SMALL["steps"])
     assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == scripts.count("train.py")
     assert list(here.glob("datasets/*/meta.json")) and list(here.glob("results/bench.json"))
+    assert len(list(here.glob("runs/figures/*.html"))) == scripts.count("figures.py") == 1
+    assert len(list(here.glob("results/paper/*/table.md"))) == scripts.count("reproduce.py") == 1
 
 
 def test_pictures_and_pages_of_the_readme_are_there():
@@ -135,6 +144,7 @@ def declared(group) -> list[str]:
     [
         ("train.py", declared(preset_config("paper", "darkroom", "dpt"))),
         ("collect.py", declared(CollectCommand())),
+        ("reproduce.py", [n for n in declared(Reproduction("")) if n != "experiment"]),
         ("evaluate.py", [n for n in declared(Evaluation("", play=DPTPlay())) if n != "folder"]),
     ],
 )
@@ -421,13 +431,16 @@ def test_evaluate_refuses_what_cannot_be(
         ("collect.py", "--cluster=", "--cluster"),
         ("collect.py", "--export-minari=", "--export-minari"),
         ("tools/bench.py", "--only nope", "nope"),
+        ("figures.py", "nowhere", "nowhere is not a t2mir run"),
     ],
 )
-def test_collect_and_bench_refuse_what_cannot_be(here, script, line, named, monkeypatch, capsys):
+def test_the_other_scripts_refuse_what_cannot_be(here, script, line, named, monkeypatch, capsys):
     refused(script, line.split(), named, here, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py", "tools/bench.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "collect.py", "reproduce.py", "tools/bench.py"]
+)
 def test_unknown_flags_are_named(script, trained, here, monkeypatch, capsys):
     folder = [str(trained)] if script == "evaluate.py" else []
     ended = run(script, [*folder, "--learning-speed", "3"], monkeypatch, capsys)

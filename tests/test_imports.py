@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from commands import ROOT
 
-FOLDERS = ("baselines", "families", "pictures", "support", "teachers", "tools")
+FOLDERS = ("baselines", "experiments", "families", "pictures", "support", "teachers", "tools")
 
 
 def modules() -> dict[str, str]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from support import jobs as module
-from support.jobs import Stopped, check_cluster, run_jobs
+from support.jobs import Stopped, check_cluster, run_command, run_jobs
 
 TESTS = Path(__file__).resolve().parent
 LONG = 100  # seconds until a test gives up, on a machine that does other things too
@@ -135,6 +135,42 @@ def test_killed_worker_is_one_line(tmp_path):
         run_jobs(patient, todo, 2, watch=watch)
     assert "\n" not in str(error.value)
     until(lambda: all(gone(process) for process in workers(tmp_path)))
+
+
+# --------------------------------------------------------------------------- a command as a process
+def python(text, log, alive=lambda: None, folder="/", **environment):
+    return run_command([sys.executable, "-c", text], log, alive, str(folder), environment)
+
+
+def test_a_command_gives_its_code_and_its_log(tmp_path):
+    log = tmp_path / "logs" / "log"
+    text = "import os, sys; print(os.getcwd(), os.environ['MINE']); sys.exit('wrong')"
+    assert python(text, log, folder=tmp_path, MINE="7") == 1
+    assert python("print('again')", log) == 0
+    assert sorted(log.read_text().splitlines()) == sorted([f"{tmp_path} 7", "wrong", "again"])
+    assert python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", log) == -9
+
+
+def test_a_command_whose_job_is_to_stop_is_asked_and_waited_for(tmp_path):
+    """SIGTERM, on which it may take its time."""
+    text = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.3)
+    pathlib.Path("ended").touch()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("began").touch()
+time.sleep(100)
+"""
+
+    def alive():
+        if (tmp_path / "began").exists():
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        python(text, tmp_path / "log", alive, tmp_path)
+    assert (tmp_path / "ended").exists()
 
 
 # ---------------------------------------------------------------------------- the command's own end

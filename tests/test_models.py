@@ -121,6 +121,8 @@ def test_flash_attn_itself(monkeypatch, s, keys):
         ("--top-k 0", {"top_k": 0}),
         ("--top-k 5 is above --token-experts 4", {"top_k": 5, "token_experts": 4}),
         ("--top-k 6 is above --task-experts 5", {"top_k": 6, "task_experts": 5}),
+        ("--token-top-k 7 is above --token-experts 6", {"token_top_k": 7}),
+        ("--top-k 9 is above --task-experts 8", {"top_k": 9, "token_top_k": 2}),
         ("--task-experts 0: it should be greater", {"top_k": 0, "task_experts": 0}),
         ("--token-hidden 33 is not a multiple of --token-experts 6", {"token_hidden": 33}),
         ("--task-hidden 0", {"task_hidden": 0}),
@@ -130,6 +132,12 @@ def test_settings_refuse(why, changes):
     with pytest.raises(ValueError) as error:
         check_types(ModelSettings(**changes))
     assert why in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_token_router_may_keep_another_number():
+    for given, want in ((0, (2, 2)), (1, (1, 2)), (4, (4, 2))):
+        moe = method(token_top_k=given).model.blocks[-1].ff
+        assert (moe.token_router.k, moe.task_k) == want
 
 
 def test_moe_replaces_one_feed_forward_layer():

@@ -159,6 +159,17 @@ def test_eq2_permuting_experts_changes_nothing():
     assert_close(other.sequences(x[:, None], moved), e.sequences(x[:, None], gate))
 
 
+def test_eq2_experts_that_no_token_kept_are_not_called(monkeypatch):
+    """However many there are: the cost of a token does not grow with K."""
+    called = []
+    monkeypatch.setattr(moe, "two_layers", lambda *a: called.append(len(a[0])) or two_layers(*a))
+    e, x, index = experts(), draw(3, D), torch.tensor([[3, 1], [1, 3], [3, 4]])
+    weight = torch.full((3, 2), 0.5)
+    y = e.tokens(x, Routing(index, weight))
+    assert called == [2, 3, 1]  # tokens of experts 1, 3, 4; 0 and 2 have none
+    assert_close(y, torch.stack([slow_mixture(e, x[i], index[i], weight[i]) for i in range(3)]))
+
+
 def test_eq2_experts_that_are_not_kept_get_no_gradient():
     e, x = experts(), draw(4, D)
     gate = Routing(torch.full((4, 1), 2), torch.ones(4, 1))

@@ -4,11 +4,12 @@
     python tools/bench.py --json results/bench.json        and a file
     python tools/bench.py --only ad-darkroom-train --threads 1
     python tools/bench.py --only learn-darkroom-dpt        training time to a return
+    python tools/bench.py --only growth                    how cost grows (growth.py)
 
 in : nothing        out: an object a measurement: name, tokens_per_s | seconds | env_steps_per_s |
                          updates_per_s; ceiling_share, peak_gb, threads, torch
-Read when you want to make something faster. What is measured is the data under "what is measured";
-which methods and families there are, the functions do not know.
+Read when you want to make something faster, measuring.py beside it. What is measured is the data
+under "what is measured"; which methods and families there are, the functions do not know.
 
 `ceiling_share`: the floating-point operations of the matrix products, attention's included, over
 what the machine itself does in the same time when it multiplies two large float32 matrices. Each
@@ -26,7 +27,6 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
 import json
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -38,118 +38,36 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from config import Threads
-from data import Dataset, Prompt
-from envs import Family, get_family, make_env, sample_tasks
+from data import Prompt
+from envs import get_family, make_env, sample_tasks
 from evaluate import play
-from methods import Method, get_method
 from support.checked import validated
 from support.command_line import one_line, preset_config
 from support.files import write_atomically
 from support.settings import with_values
 from teachers.sac import Replay, SACConfig, StackedSAC
+from tools import growth
+from tools.measuring import (
+    ceiling,
+    in_own_process,
+    make_method,
+    operations_of,
+    peak_gb,
+    random_actions,
+    random_dataset,
+    random_states,
+    seconds_of,
+)
 from train import draw, get_data, set_learning_rate, training_step
 from train import make_method as make_trained
 
 
-# ------------------------------------------------------------------------------- how it is measured
-def seconds_of(work: Callable[[], object], at_least: float = 5.0) -> float:
-    """Median seconds of a call, repeated for `at_least` seconds after a first one to warm up."""
-    threads = torch.get_num_threads()  # the timer would take one otherwise
-    timer = Timer("work()", globals={"work": work}, num_threads=threads)
-    return timer.blocked_autorange(min_run_time=at_least).median
-
-
-def ceiling() -> float:
-    """The machine's float32 matrix-product rate, in operations a second."""
-    size = 2048
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / seconds_of(lambda: a @ b, at_least=2.0)
-
-
-# torch's counter does not know attention on the CPU. Where a token does not see those behind it the
-# kernel leaves them out, which halves the count.
-def _attention(query, key, value, dropout, causal=False, *_, out_shape=None, **__) -> int:
-    return sdpa_flop_count(query, key, value) // (2 if causal else 1)
-
-
-def _attention_backward(
-    grad, query, key, value, out, log_sum, dropout, causal=False, *_, out_shape=None, **__
-) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value) // (2 if causal else 1)
-
-
-def operations_of(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of a call, as torch counts them.
-
-    A count by hand (weights, and attention's causal half; three times the forward pass) gives 1-5 %
-    less for DPT and Point-Robot, and 8 % less for AD on Cheetah-Vel: it leaves out the scores that
-    attention's backward pass makes anew, heads and routers. AD on DarkRoom counts 84 % more here,
-    since its heads of 8 numbers are padded to 16 with zeros, which are multiplied as well.
-    """
-    aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def peak_gb() -> float:
-    """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 # -------------------------------------------------------------------------------- training, playing
-def make_method(env: str, backbone: str, rows: int, **changes) -> Method:
-    """A method at the paper's sizes, untrained. This file's one look at what a method is."""
-    cfg = with_values(preset_config("paper", env, backbone), {"batch": rows, **changes})
-    return get_method(backbone)(cfg, get_family(env))
-
-
-def random_states(family: Family, *shape: int) -> Tensor:
-    """(..., ds) int64 cells or float32"""
-    if family.state_values:
-        return torch.stack([torch.randint(size, shape) for size in family.state_values], -1)
-    return torch.randn(*shape, family.state_dim)
-
-
-def random_actions(family: Family, *shape: int) -> Tensor:
-    """(...) int64 ids or (..., da) float32"""
-    if family.discrete_actions:
-        return torch.randint(family.action_dim, shape)
-    return 2 * torch.rand(*shape, family.action_dim) - 1
-
-
-def random_dataset(family: Family, episodes: int, tasks: int = 16, queries: int = 100) -> Dataset:
-    """Data without a meaning: the speed does not depend on it."""
-    shape = (tasks, episodes, family.horizon)
-    rewards = (torch.rand(shape) < 0.3).float()
-    returns = rewards.sum(-1)
-    return Dataset(
-        family=family,
-        meta={},
-        states=random_states(family, *shape),
-        actions=random_actions(family, *shape),
-        rewards=rewards,
-        query_states=random_states(family, tasks, queries),
-        query_actions=random_actions(family, tasks, queries),
-        returns=returns,
-        order=returns.argsort(dim=1, stable=True),
-        state_mean=torch.zeros(family.state_dim),
-        state_std=torch.ones(family.state_dim),
-    )
-
-
 def training(env: str, backbone: str, rows: int, **changes) -> dict[str, float]:
     """One training step, a batch drawn beforehand."""
-    method = make_method(env, backbone, rows, **changes)
+    method = make_method(env, backbone, batch=rows, **changes)
     family, settings = method.family, method.cfg.training
     dataset = random_dataset(family, settings.prompt_length // family.horizon)
     batch = method.sample(dataset, rows, settings.draws, torch.Generator().manual_seed(0))
@@ -164,7 +82,7 @@ def training(env: str, backbone: str, rows: int, **changes) -> dict[str, float]:
 
 def playing(env: str, backbone: str, tasks: int, history: int, **changes) -> dict[str, float]:
     """An episode of all tasks behind `history` others, the environment left out."""
-    method = make_method(env, backbone, tasks, **changes)
+    method = make_method(env, backbone, **changes)
     family, horizon = method.family, method.family.horizon
     policy = method.policy(method.cfg.play)
     states, rewards = random_states(family, horizon, tasks), torch.zeros(tasks)
@@ -349,6 +267,19 @@ def measure(name: str, threads: int) -> dict:
     return {"name": name, **numbers, "threads": threads, "torch": torch.__version__}
 
 
+def chosen(only: str | None) -> list[str]:
+    """Names of what --only asks for. Raises ValueError for what is no name and begins none."""
+    names = [*measurements(), *growth.NAMES]
+    if only is None:
+        return [name for name in names if not name.startswith(("learn-", "growth-"))]
+    if only in names:  # also where it begins others: ad-darkroom-train
+        return [only]
+    found = [name for name in names if name.startswith(f"{only}-")]
+    if not found:
+        raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(names)}")
+    return found
+
+
 def bench(
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
     only: str | None = None,
@@ -358,24 +289,27 @@ def bench(
 
     Args:
         json_file: also write the measurements to this file.
-        only: the name of one measurement; learn-darkroom-dpt and -ad are made only so.
+        only: the name of one measurement, or what several names begin with, up to a hyphen;
+            learn-darkroom-dpt and -ad and those of growth are made only so.
         threads: CPU threads; 0: all cores.
     """
-    names = list(measurements())
-    if only is not None and only not in names:
-        raise ValueError(f"unknown measurement '{only}': choose one of {', '.join(names)}")
+    names = chosen(only)
     validated(Threads, threads, "--threads: ")
     if json_file:  # before the measurements, which take minutes
         Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         if Path(json_file).is_dir():
             raise ValueError(f"--json {json_file} is a folder")
-    rows = []
-    for name in [only] if only else [name for name in names if not name.startswith("learn-")]:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            row = pool.submit(measure, name, threads or os.cpu_count() or 1).result()
+    rows, known, threads = [], {}, threads or os.cpu_count() or 1
+    for name in names:
+        if name in growth.NAMES:
+            row = growth.grow(name, threads, known)
+            text = growth.line(row)
+        else:
+            row = in_own_process(measure, name, threads)
+            values = [f"{key} {value:g}" for key, value in row.items() if isinstance(value, float)]
+            text = f"{name:<32}" + "   ".join(values)
         rows.append(row)
-        values = [f"{key} {value:g}" for key, value in row.items() if isinstance(value, float)]
-        print(f"{name:<32}" + "   ".join(values), flush=True)
+        print(text, flush=True)
     if json_file:
         text = json.dumps(rows, indent=1) + "\n"
         write_atomically(Path(json_file), lambda path: path.write_text(text))

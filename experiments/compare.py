@@ -1,0 +1,238 @@
+"""compare.py: from evaluations to a table: means, intervals, paired differences (Tables 1, 6-11).
+
+in : the CSVs that evaluate.py wrote, and their records (experiments/runs.py)
+out: rows, as table.csv and table.md
+Read beside reproduce.py.
+
+A task's score is the mean return of the last five episodes, over its repeats: what was learnt in
+context, and no maximum. `best`, the highest point of the mean curve, is what the paper's tables
+have; it is a little too high, the more so the fewer tasks there are.
+
+All seeds play the same held-out tasks, so scores are a matrix, seeds x tasks, and both are samples:
+of trainings and of tasks. `interval` draws rows and columns anew, independently (a crossed, or
+"pigeonhole", bootstrap: Owen 2007). Seeds alone, as in the paper, would say nothing of other tasks;
+tasks within seeds would take what one task adds to all seeds for noise that averages out. With few
+seeds it is too narrow in their direction (of S seeds a bootstrap sees (S - 1) / S of the variance),
+and with one seed it is over tasks alone.
+
+Shapes: S seeds, N tasks, E episodes, R repeats.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluate import LAST, normalised
+from experiments.runs import read_record
+from support.files import write_atomically
+
+# fmt: off
+COLUMNS = (
+    "env", "backbone", "group", "variant", "paper", "paper_pm", "mean", "low", "high", "best",
+    "random", "optimum", "teacher", "share", "difference", "difference_low", "difference_high",
+    "seeds", "tasks", "repeats", "steps", "train_seconds",
+)
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------- statistics
+def interval(scores: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """95 % crossed bootstrap interval of the mean of (S, N) scores; NaN where there is one score.
+
+    Always the same for the same scores.
+    """
+    if scores.size < 2:
+        return math.nan, math.nan
+    rng, (seeds, tasks) = np.random.default_rng(0), scores.shape
+    means = np.empty(draws)
+    for i in range(draws):
+        # how often each seed and each task is drawn; the same tasks for all seeds of a draw
+        rows = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) / seeds
+        columns = np.bincount(rng.integers(tasks, size=tasks), minlength=tasks) / tasks
+        means[i] = rows @ scores @ columns
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired(ours: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `ours` - `others`, both (S, N) of the same seeds and tasks, and its 95 % interval.
+
+    What a seed or a task adds to both cancels: far narrower than the two intervals beside it.
+    """
+    difference = ours - others
+    return float(difference.mean()), *interval(difference)
+
+
+# ------------------------------------------------------------------------------------- what was run
+@dataclass
+class Cell:
+    """A row to be: which runs, and the paper's number."""
+
+    env: str
+    backbone: str
+    group: str
+    variant: str
+    paper: tuple[float, float] | None
+    records: dict[int, Path] = field(default_factory=dict)  # of each seed that is finished
+
+
+@dataclass
+class Runs:
+    """What the runs of a cell have returned."""
+
+    seeds: list[int]
+    tasks: list[str]
+    returns: np.ndarray  # (S, N, E), means over repeats
+    records: list[dict[str, Any]]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(S, N)"""
+        return self.returns[..., -LAST:].mean(-1)
+
+
+def read_returns(path: Path) -> dict[str, np.ndarray]:
+    """{task: (E,) mean returns over its repeats} of a CSV of evaluate.py.
+
+    Raises ValueError with one line where it is none.
+    """
+    played: dict[str, dict[int, list[float]]] = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                episodes = played.setdefault(row["task"], {})
+                episodes.setdefault(int(row["episode"]), []).append(float(row["return"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not an evaluation ({error!r})") from None
+    return {
+        task: np.array([np.mean(episodes[e]) for e in sorted(episodes)])
+        for task, episodes in played.items()
+    }
+
+
+def read_runs(records: dict[int, Path]) -> Runs:
+    """The evaluations that the records of some seeds name. Raises ValueError with one line."""
+    known = {seed: read_record(path) for seed, path in sorted(records.items())}
+    read = [read_returns(records[seed].parent / known[seed]["csv"]) for seed in known]
+    tasks, length = list(read[0]), len(next(iter(read[0].values())))
+    for seed, returns in zip(known, read, strict=True):
+        if list(returns) != tasks or any(len(curve) != length for curve in returns.values()):
+            raise ValueError(f"{records[seed]}: another seed has played other tasks or episodes")
+    curves = np.array([[returns[task] for task in tasks] for returns in read])
+    return Runs(list(known), tasks, curves, list(known.values()))
+
+
+# -------------------------------------------------------------------------------------------- rows
+def make_rows(cells: list[Cell]) -> list[dict[str, Any]]:
+    """A row of COLUMNS for each cell that has a finished run; None where nothing is known.
+
+    Each is compared with the first cell of its family, backbone and group. Raises ValueError.
+    """
+    rows, first = [], {}
+    for cell in cells:
+        place = cell.env, cell.backbone, cell.group
+        runs = read_runs(cell.records) if cell.records else None
+        first.setdefault(place, runs)  # None where the first has not been run: then no differences
+        if runs is not None:
+            rows.append(_row(cell, runs, first[place]))
+    return rows
+
+
+def _row(cell: Cell, runs: Runs, first: Runs | None) -> dict[str, Any]:
+    def mean(name: str) -> float | None:
+        values = [record[name] for record in runs.records]
+        return None if None in values else float(np.mean(values))
+
+    paper, pm = cell.paper or (None, None)
+    random, optimum, teacher = map(mean, ("random_return", "optimum", "teacher_return"))
+    score, best = float(runs.scores.mean()), optimum if optimum is not None else teacher
+    share = None
+    if random is not None and best is not None and random != best:
+        share = normalised(score, random, best)
+    values: list[Any] = [
+        cell.env, Path(cell.backbone).stem, cell.group, cell.variant, paper, pm,
+        score, *interval(runs.scores), float(runs.returns.mean((0, 1)).max()),
+        random, optimum, teacher, share,
+        *(_difference(runs, first) or (None, None, None)),
+        " ".join(map(str, runs.seeds)), len(runs.tasks), runs.records[0]["repeats"],
+        runs.records[0]["steps"], mean("train_seconds"),
+    ]  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _difference(runs: Runs, first: Runs | None) -> tuple[float, float, float] | None:
+    """To the first variant, over the seeds that both have; None where there is none."""
+    if first is None or runs is first or runs.tasks != first.tasks:
+        return None
+    both = [seed for seed in runs.seeds if seed in first.seeds]
+    if not both:
+        return None
+    ours, others = (r.scores[[r.seeds.index(seed) for seed in both]] for r in (runs, first))
+    return paired(ours, others)
+
+
+# ------------------------------------------------------------------------------------------- files
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """table.csv: all numbers, a column each."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
+    """table.md: what a reader compares."""
+    head = ["family", "backbone", "variant", "paper", f"ours, last {LAST} [95 %]", "best", "share"]
+    head += ["difference [95 %]", "seeds", "steps", "training"]
+    lines = [
+        f"# {title}",
+        "",
+        f"Mean return of the last {LAST} episodes on held-out tasks; *best* is the highest mean of "
+        "any one episode, as in the paper. *Share*: of the way from the random policy to the "
+        "optimum or, where none is known, to the tasks' own teachers (t). *Difference*: to the "
+        "first variant of the family, backbone and group, paired over seeds and tasks. Intervals: "
+        "crossed bootstrap over seeds and tasks.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|" + " --- |" * len(head),
+    ]
+    for row in rows:
+        pm = "" if row["paper_pm"] is None else f" ± {row['paper_pm']:.1f}"
+        of = "" if row["optimum"] is not None else " (t)"
+        variant = ", ".join(filter(None, (row["group"], row["variant"])))
+        cells = [
+            row["env"],
+            row["backbone"],
+            variant,
+            "" if row["paper"] is None else f"{row['paper']:.1f}{pm}",
+            _with_interval(row["mean"], row["low"], row["high"]),
+            f"{row['best']:.2f}",
+            "" if row["share"] is None else f"{round(100 * row['share'])} %{of}",
+            _with_interval(row["difference"], row["difference_low"], row["difference_high"], "+"),
+            row["seeds"],
+            str(row["steps"]),
+            f"{row['train_seconds'] / 60:.1f} min",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(value: float | None, low: float, high: float, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """table.csv and table.md, each the old one or the whole new one."""
+    for name, text in (("table.csv", as_csv(rows)), ("table.md", as_markdown(rows, title))):
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text))

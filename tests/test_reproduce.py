@@ -1,0 +1,398 @@
+"""Experiments from nothing: what is run, what a kill and a failure leave, and the table.
+
+Run: pytest tests/test_reproduce.py
+"""
+
+import csv
+import itertools
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from commands import at_home, contents, run, start
+from tiny import SMALL
+
+from envs import FAMILIES, get_family
+from experiments.compare import COLUMNS, Cell, as_csv, as_markdown, interval, make_rows, paired
+from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
+from experiments.projection import in_words
+from experiments.runs import FORMAT, _one_gpu
+from reproduce import Reproduction, plan
+from support import checkpoint
+from support.command_line import check, differences, flags_of, parse_config, preset_config
+from support.files import only_writer, save_json
+from support.settings import flat, with_values
+
+RUN = {"seed", "preset", "eval_every", "eval_episodes", "device", "dtype"}
+
+
+@pytest.fixture
+def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
+    """The start of a command line: one variant of DPT, tiny, on a dataset that is there."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("figures", "evaluate"):  # pictures take most of a tiny evaluation
+        monkeypatch.setattr(f"{module}.draw_curve", lambda *_: None)
+    data = {name: getattr(tiny_config.data, name) for name in ("tasks", "datasets", "recipe")}
+    data |= {"data_episodes": 10, "data_queries": 50, "eval_every": 0, "queries": 4}
+    small = {name: value for name, value in SMALL.items() if name not in RUN} | data
+    small |= {"steps": 3, "episodes": 2}
+    line = ["table1", "--envs", "darkroom", "--backbones", "dpt", "--preset", "cpu"]
+    line += ["--variants", "T2MIR", "--repeats", "2", "--trial", "0", "--jobs", "1", "--set"]
+    return line + [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in small.items()]
+
+
+def names(argv) -> dict[int, str]:
+    """{seed: name} of the runs of a command line."""
+    found = dict(zip(argv, [*argv[1:], ""], strict=True))
+    settings = tuple(itertools.takewhile(lambda word: "=" in word, argv[argv.index("--set") + 1 :]))
+    seeds = tuple(map(int, argv[argv.index("--seeds") + 1 :]))
+    command = Reproduction(
+        "table1", ("darkroom",), (found["--backbones"],), ("T2MIR",), seeds, "cpu", settings
+    )
+    return {run.seed: run.job.name for run in plan(command)[0]}
+
+
+def table(folder):
+    with open(folder / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ----------------------------------------------------------------------------------- whole commands
+def test_a_killed_command_goes_on_without_repeating_a_finished_run(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    tiny += ["steps=150", "log_every=50"]
+    with at_home():
+        first = run("reproduce.py", [*tiny, "--seeds", "0"], monkeypatch, capsys)
+    assert first.code == 0 and "1 runs, 0 finished" in first.out, first.err
+    both = [*tiny, "--seeds", "0", "1"]
+    done, stopped = names(both).values()
+    runs, results = tmp_path / "runs" / "paper", tmp_path / "results" / "paper" / "table1"
+    kept = contents(runs / done), contents(results)[f"{done}.json"]
+
+    process, end = start(both, script="reproduce.py", cwd=tmp_path), time.monotonic() + 300
+    try:
+        while not (runs / stopped / checkpoint.FILE).exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+    with only_writer(runs / stopped, seconds=60):  # its training was told to end
+        assert 0 < checkpoint.read(runs / stopped)[1].step < 150
+    assert not (results / f"{stopped}.json").exists()
+
+    with at_home():
+        again = run("reproduce.py", both, monkeypatch, capsys)
+    assert again.code == 0 and "2 runs, 1 finished" in again.out, again.err
+    assert (contents(runs / done), contents(results)[f"{done}.json"]) == kept
+    assert checkpoint.read(runs / stopped)[1].step == 150
+    (row,) = table(results)
+    assert (row["seeds"], row["tasks"], row["repeats"], row["steps"]) == ("0 1", "4", "2", "150")
+    assert (row["paper"], row["paper_pm"], row["difference"]) == ("78.3", "1.4", "")
+    with open(results / f"{stopped}-test-sample-last.csv", newline="") as file:
+        returns = [float(line["return"]) for line in csv.DictReader(file)]
+    with open(results / f"{done}-test-sample-last.csv", newline="") as file:
+        returns += [float(line["return"]) for line in csv.DictReader(file)]
+    assert len(returns) == 2 * 4 * 2 * 2  # seeds, tasks, repeats, episodes
+    assert float(row["mean"]) == pytest.approx(np.mean(returns), rel=1e-4)
+
+    before = contents(tmp_path / "runs")
+    with at_home():
+        over = run("reproduce.py", both, monkeypatch, capsys)
+    assert over.code == 0 and "2 runs, 2 finished" in over.out
+    assert contents(tmp_path / "runs") == before
+
+
+def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monkeypatch, capsys):
+    argv = [*tiny, "--seeds", "0", "1"]
+    wrong = names(argv)[0]
+    strange = tmp_path / "runs" / "paper" / wrong / "note.txt"
+    strange.parent.mkdir(parents=True)
+    strange.write_text("somebody else's")
+    with at_home():
+        ended = run("reproduce.py", argv, monkeypatch, capsys)
+    (line,) = [text for text in ended.err.splitlines() if text.startswith("failed: ")]
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert line.startswith(f"failed: {wrong}: ") and "is not a t2mir run" in line
+    results = tmp_path / "results" / "paper" / "table1"
+    assert table(results)[0]["seeds"] == "1" and "[" in (results / "table.md").read_text()
+
+    strange.unlink()
+    with at_home():
+        ended = run("reproduce.py", argv, monkeypatch, capsys)
+    assert ended.code == 0 and "2 runs, 1 finished" in ended.out, ended.err
+    assert table(results)[0]["seeds"] == "0 1"
+
+
+def test_a_dataset_that_cannot_be_made_fails_its_runs_alone(tiny, tmp_path, monkeypatch, capsys):
+    """The folder of its name holds another dataset."""
+    argv = [*tiny, f"datasets={tmp_path / 'data'}", "--seeds", "0"]
+    (tmp_path / "data").write_text("no folder")
+    with at_home():
+        ended = run("reproduce.py", argv, monkeypatch, capsys)
+    assert ended.code == 1 and f"failed: {names(argv)[0]}: " in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_projection_and_no_run_after_the_minutes(tiny, tmp_path, monkeypatch, capsys):
+    argv = [*tiny, "--seeds", "0", "1", "--trial", "1", "--minutes", "0"]
+    with at_home():
+        ended = run("reproduce.py", argv, monkeypatch, capsys)
+    assert ended.code == 0 and "2 runs were not started" in ended.out, ended.err
+    assert "s a step" in ended.out and "projected: " in ended.out
+    assert not (tmp_path / "runs").exists()
+    assert [in_words(s) for s in (3, 119, 150, 9000, 260_000)] == [
+        "3 s", "119 s", "2.5 min", "2.5 h", "3.0 days"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("tabel1", "unknown experiment 'tabel1'"),
+        ("", "unknown experiment ''"),
+        ("table1 --envs nope", "unknown environment 'nope'"),
+        ("table1 --envs reach reach", "--envs names reach twice"),
+        ("table1 --backbones gpt", "unknown backbone 'gpt'"),
+        ("table1 --seeds -1", "--seeds -1"),
+        ("table1 --seeds 3 0 3", "--seeds names 3 twice"),
+        ("table1 --seeds", "--seeds names none"),
+        ("table1 --preset tpu", "unknown preset 'tpu'"),
+        ("table1 --variants both", "--variants both"),
+        ("table1 --repeats 0", "--repeats 0"),
+        ("table1 --jobs -1", "--jobs -1"),
+        ("table1 --minutes -1", "--minutes -1"),
+        ("table1 --set lr", "--set lr"),
+        ("table1 --set speed=3", "--set speed=3"),
+        ("table1 --set lr=fast", "--lr 'fast'"),
+        ("table1 --set moe=both", "moe is not the same for all runs"),
+        ("quality --set quality=mixed", "quality is not the same for all runs"),
+        ("table1 --set seed=3", "seed is not the same for all runs"),
+        ("table1 --envs darkroom --set data=nowhere", "no dataset in nowhere"),
+        ("departures --preset paper", "no departures"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path, line, named, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ended = run("reproduce.py", [*line.split()], monkeypatch, capsys)
+    assert named in ended.error and list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------- experiments
+@pytest.mark.parametrize("backbone", ["ad", "dpt"])
+@pytest.mark.parametrize("env", FAMILIES)
+def test_departures_are_all_of_them_one_at_a_time(env, backbone):
+    base, paper = (preset_config(name, env, backbone) for name in ("cpu", "paper"))
+    first, *others = variants_of("departures", base).values()
+    assert first == {} and len(others) == len(differences(base)) > 10
+    assert all(len(settings) == 1 for settings in others)
+    back = with_values(base, {k: v for settings in others for k, v in settings.items()})
+    free = flat(base.run).keys() | flat(base.work).keys() | {"preset"}
+    assert {k: v for k, v in flat(back).items() if k not in free} == {
+        k: v for k, v in flat(paper).items() if k not in free
+    }
+
+
+@pytest.mark.parametrize("preset", ["paper", "cpu"])
+def test_every_variant_can_be_and_is_a_run_of_its_own(preset):
+    for name, experiment in EXPERIMENTS.items():
+        if name == "departures":
+            continue
+        for env, backbone in itertools.product(experiment.envs, ("ad", "dpt")):
+            base = preset_config(preset, env, backbone)
+            found = []
+            for shared in experiment.groups.values():
+                for settings in variants_of(name, base).values():
+                    cfg = with_values(base, shared | settings)
+                    check(cfg)
+                    found.append(cfg)
+            assert all(a != b for a, b in itertools.combinations(found, 2))
+        assert parse_config(flags_of(cfg)) == cfg  # what train.py is told
+
+
+def test_the_papers_tables_agree_where_they_say_the_same():
+    """T2MIR's number of Table 1 comes again in Tables 6, 7, 9 and 10; each variant has a number."""
+    again = {"token-experts": "2/6", "task-experts": "2/8", "moe-position": "top"}
+    for name, variant in (again | {"ablation": "T2MIR", "quality": "T2MIR"}).items():
+        group = "mixed" if name == "quality" else ""
+        for env, backbone in itertools.product(EXPERIMENTS[name].envs, ("ad", "dpt")):
+            number = EXPERIMENTS[name].paper[group, env, backbone, variant]
+            assert number == TABLE_1["", env, backbone, "T2MIR"]
+    for name, experiment in EXPERIMENTS.items():
+        for env, backbone in itertools.product(experiment.envs, ("ad", "dpt")):
+            for group, variant in itertools.product(experiment.groups, experiment.variants):
+                known = (group, env, backbone, variant) in experiment.paper
+                assert known == (name not in ("routing", "departures"))
+    for env in EXPERIMENTS["table1"].envs:  # evaluate.py prints these
+        for backbone in ("ad", "dpt"):
+            known = get_family(env).paper_return
+            assert TABLE_1["", env, backbone, "T2MIR"][0] == known[f"T2MIR-{backbone.upper()}"]
+            assert TABLE_1["", env, backbone, "plain"][0] == known[backbone.upper()]
+
+
+def test_a_method_without_the_settings_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from methods import Method\n\n\nclass Mine(Method):\n    pass\n"
+    (tmp_path / "idt.py").write_text(text)
+    command = Reproduction("table1", ("darkroom",), ("dpt", "idt.py"), seeds=(0, 1), preset="cpu")
+    runs, _ = plan(command)
+    assert [run.cell.variant for run in runs if run.seed == 0] == ["T2MIR", "plain", ""]
+    assert runs[-1].cell.paper == (49.2, 2.8)  # Table 1's column IDT
+    assert runs[-1].job.name == "darkroom-idt-cpu-s1"
+    assert "idt.py" in runs[-1].job.train and "idt.py" in runs[-1].job.evaluate
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_task_experts_keep_their_size_and_token_experts_their_sum():
+    """Table 7: 2048 hidden units of 8 experts. Table 6: 1536 of all, a third of them at work."""
+    base = preset_config("paper", "point-robot", "dpt")
+    hidden = {"2/8": 2048, "2/6": 1536, "2/4": 1024}
+    for variant, settings in variants_of("task-experts", base).items():
+        assert settings == {"task_experts": int(variant[2:]), "task_hidden": hidden[variant]}
+    for settings in variants_of("token-experts", base).values():
+        model = with_values(base, settings).model
+        kept = (model.token_top_k or model.top_k) * model.token_hidden / model.token_experts
+        assert (kept, model.top_k) == (512, 2)
+
+
+def test_every_job_has_a_place_on_a_gpu(tmp_path, monkeypatch):
+    """Three jobs on two GPUs; a place is free again when its job ends."""
+    command = Reproduction("table1", ("darkroom",), ("dpt",), seeds=(0,), preset="cpu")
+    job = replace(plan(command)[0][0].job, here=str(tmp_path), gpus=2, slots=3)
+    for given, want in (("", "0 1 0"), ("5,3", "5 3 5")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        with ExitStack() as stack:
+            found = [stack.enter_context(_one_gpu(job))["CUDA_VISIBLE_DEVICES"] for _ in "abc"]
+            with pytest.raises(OSError, match="all places"), _one_gpu(job):
+                pass
+            assert found == want.split()
+        with _one_gpu(job) as environment:
+            assert environment == {"CUDA_VISIBLE_DEVICES": want.split()[0]}
+    with _one_gpu(replace(job, gpus=0)) as environment:
+        assert environment == {"OMP_NUM_THREADS": "1"}
+
+
+def test_experiments_share_runs_and_settings_tell_them_apart():
+    def planned(name, *given, **more):
+        command = Reproduction(name, ("point-robot",), ("ad",), set=given, preset="cpu", **more)
+        return {(run.cell.variant, run.seed): run.job.name for run in plan(command)[0]}
+
+    one, two = planned("table1"), planned("task-experts")
+    assert one["T2MIR", 1] == two["2/8", 1] == "point-robot-ad-cpu-s1"
+    assert len({*one.values(), *two.values()}) == 3 * (2 + 3 - 1)
+    given = planned("table1", "lr=0.5", "noise=0.1", "threads=2")
+    assert given["plain", 0] == "point-robot-ad-moe=none-lr=0.5-noise=0.1-cpu-s0"
+    long = planned("table1", "init=../c d", "lr=0.5", "batch=8", "steps=7", "ff=64")
+    assert all(len(name) < 120 and "/" not in name and " " not in name for name in long.values())
+
+
+# --------------------------------------------------------------------------------------- statistics
+def draws(rng, seeds, tasks, of_seed, of_task, of_both):
+    """(S, N) scores with mean 3: what is a seed's, what a task's, what is left."""
+    effects = of_seed * rng.normal(size=(seeds, 1)) + of_task * rng.normal(size=(1, tasks))
+    return 3 + effects + of_both * rng.normal(size=(seeds, tasks))
+
+
+def test_intervals_are_as_wide_as_the_means_vary():
+    rng = np.random.default_rng(1)
+    for seeds, tasks, spread in ((1, 30, (0, 2, 1)), (40, 30, (1, 2, 0.5)), (40, 30, (2, 0, 1))):
+        half = []
+        for _ in range(12):
+            scores = draws(rng, seeds, tasks, *spread)
+            low, high = interval(scores, 1000)
+            assert low < scores.mean() < high
+            half.append((high - low) / 2 / 1.96)
+        of_seed, of_task, of_both = spread
+        variance = of_seed**2 / seeds + of_task**2 / tasks + of_both**2 / (seeds * tasks)
+        assert np.mean(half) == pytest.approx(math.sqrt(variance), rel=0.12)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    rng, inside = np.random.default_rng(2), 0
+    for _ in range(150):
+        low, high = interval(draws(rng, 12, 25, 1, 1, 1), 300)
+        inside += low < 3 < high
+    assert 0.87 < inside / 150 < 0.995  # 0.95; a bootstrap of 12 seeds is a little too narrow
+
+
+def test_interval_of_little():
+    assert interval(np.full((3, 4), 2.5)) == (2.5, 2.5)
+    assert all(map(math.isnan, interval(np.ones((1, 1)))))
+    scores = draws(np.random.default_rng(0), 3, 5, 1, 1, 1)
+    assert interval(scores) == interval(scores.copy())
+
+
+def test_paired_differences_leave_out_what_both_have():
+    rng = np.random.default_rng(3)
+    ours = draws(rng, 5, 20, 3, 10, 0.5)
+    others = ours - 0.7 + 0.2 * rng.normal(size=ours.shape)
+    mean, low, high = paired(ours, others)
+    assert mean == pytest.approx((ours - others).mean()) and low < 0.7 < high
+    wide = interval(ours)
+    assert high - low < 0.1 * (wide[1] - wide[0])
+    assert paired(others, ours) == pytest.approx((-mean, -high, -low), abs=0.01)
+
+
+# -------------------------------------------------------------------------------------------- table
+def fake(folder, name, seed, returns, tasks=("0 1", "2 2"), repeats=1, **facts):
+    """A record and its CSV: `returns` (repeats * tasks, E)."""
+    with open(folder / f"{name}{seed}.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["task", "episode", "return"])
+        for i, curve in enumerate(returns):
+            out.writerows([tasks[i % len(tasks)], e + 1, value] for e, value in enumerate(curve))
+    facts = {"random_return": 0.0, "optimum": 8.0, "teacher_return": None} | facts
+    content = {"format": FORMAT, "csv": f"{name}{seed}.csv", "repeats": repeats, "steps": 7}
+    path = folder / f"{name}{seed}.json"
+    save_json(path, content | facts | {"train_seconds": 60.0 * (seed + 1)})
+    return path
+
+
+def test_rows_of_a_table(tmp_path):
+    # six episodes, of which the first does not count; the second repeat is two better
+    first = {s: fake(tmp_path, "a", s, [[9, *[4 + s] * 5], [9, *[6 + s] * 5]]) for s in (0, 1)}
+    again = [[0, 1, 1, 1, 1, 1], [0, 5, 5, 5, 5, 5], [0, 3, 3, 3, 3, 3], [0, 7, 7, 7, 7, 7]]
+    other = {1: fake(tmp_path, "b", 1, again, repeats=2, optimum=None, teacher_return=10.0)}
+    apart = {1: fake(tmp_path, "c", 1, [[0] * 6, [8] * 6], tasks=("0 1", "3 3"))}
+    cells = [
+        Cell("darkroom", "ad", "", "T2MIR", (90.9, 0.1), first),
+        Cell("darkroom", "ad", "", "other", None, other),
+        Cell("darkroom", "ad", "", "apart", None, apart),
+        Cell("darkroom", "ad", "", "not run", None, {}),
+        Cell("darkroom", "dpt", "", "other", None, other),
+    ]
+    rows = make_rows(cells)
+    assert [row["variant"] for row in rows] == ["T2MIR", "other", "apart", "other"]
+    one, two, three, four = rows
+    assert tuple(one) == COLUMNS
+    assert (one["mean"], one["best"], one["share"], one["seeds"]) == (5.5, 9, 5.5 / 8, "0 1")
+    assert one["low"] <= 4.5 and one["high"] >= 6.5 and one["train_seconds"] == 90
+    assert (one["difference"], four["difference"]) == (None, None)  # each is the first of its own
+    # seed 1 alone is in both: (2, 6) less (5, 7)
+    assert (two["mean"], two["share"], two["repeats"]) == (4, 0.4, 2)
+    assert (two["difference"], two["difference_low"], two["difference_high"]) == (-2, -3, -1)
+    assert (three["mean"], three["difference"]) == (4, None)  # of other tasks
+    lines = as_markdown(rows, "title").splitlines()
+    assert lines[0] == "# title" and len([line for line in lines if line.startswith("| dark")]) == 4
+    assert "| 90.9 ± 0.1 | 5.50 [4.00, 7.00] | 9.00 | 69 % |" in "\n".join(lines)
+    assert "| 4.00 [2.00, 6.00] | 4.00 | 40 % (t) | -2.00 [-3.00, -1.00] |" in "\n".join(lines)
+    means = [row["mean"] for row in csv.DictReader(as_csv(rows).splitlines())]
+    assert means == ["5.5", "4", "4", "4"]
+
+
+def test_what_is_no_evaluation_is_one_line(tmp_path):
+    record = fake(tmp_path, "a", 0, [[1, 2], [3, 4]])
+    cell = Cell("darkroom", "ad", "", "T2MIR", None, {0: record})
+    assert make_rows([cell])[0]["mean"] == 2.5
+    (tmp_path / "a0.csv").write_text("task,episode\n0 1,1\n")
+    with pytest.raises(ValueError, match=r"a0.csv is not an evaluation"):
+        make_rows([cell])
+    other = fake(tmp_path, "b", 1, [[1, 2], [3, 4]], tasks=("5 5", "6 6"))
+    cell.records = {0: fake(tmp_path, "a", 0, [[1, 2], [3, 4]]), 1: other}
+    with pytest.raises(ValueError, match="other tasks"):
+        make_rows([cell])
