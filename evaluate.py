@@ -38,9 +38,9 @@ import tyro
 from config import Config, Rows, Text
 from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
-from figures import draw_curve
 from methods import Method
 from mixture import components_of, play_name
+from pictures.curves import draw_curve
 from policies import Policy
 from support import checkpoint
 from support.command_line import one_line, parse_evaluation
@@ -140,7 +140,6 @@ def evaluate_run(cfg: Evaluation) -> dict:
     policy = method.policy(cfg.play)  # refuses settings that cannot be
     split = checkpoint.read_tasks(folder, method.cfg.data.env)
     tasks = split.test if cfg.split == "test" else split.train
-    reference = (split.reference or {}).get(cfg.split, {})
     name = f"{cfg.split}-{variant(method, cfg)}"
     if cfg.results is None:
         target, summary = folder, folder.parent / "summary.csv"
@@ -151,7 +150,7 @@ def evaluate_run(cfg: Evaluation) -> dict:
     family, plays = method.family, len(tasks) * cfg.repeats
     numbers = plays * cfg.play.episodes * family.horizon * (family.state_dim + 2)
     need_memory(f"{cfg.play.episodes} episodes of {plays} tasks", 4 * numbers)
-    returns = play_all(method, policy, tasks, reference, cfg)
+    returns = play_all(method, policy, split, tasks, cfg)
     row = summary_row(method.cfg, header, cfg, returns)
     # Evaluations share summary.csv, and the run's folder with its training: they wait for one
     # another, not for that.
@@ -180,8 +179,32 @@ def variant(method: Method, cfg: Evaluation) -> str:
     return "-".join(parts + ["random-first"] * (settings.first == "random"))
 
 
+def reference_lines(
+    method: Method, split: checkpoint.TaskSplit, which: Literal["test", "train"]
+) -> dict[str, float | None]:
+    """Mean returns that a run's are compared with: optimum, teacher, paper, random; None where it
+    is not known. `which`: test or train, the tasks of the split.
+    """
+    env, family = method.cfg.data.env, method.family
+    tasks = split.test if which == "test" else split.train
+    reference = (split.reference or {}).get(which, {})
+    # A return means something between two others: that of random actions and the best there is.
+    # Where the data were made by trained teachers, both were measured when they were collected.
+    floor = reference.get("random") or random_returns(env, tasks)
+    optimum = optimal_returns(env, tasks)  # in closed form; None where nobody knows it
+    return {
+        "optimum": None if optimum is None else float(np.mean(optimum)),
+        "teacher": float(np.mean(reference["teacher"])) if "teacher" in reference else None,
+        # Table 1 is of Mixed data; it knows no ablations and no families of the user's
+        "paper": family.paper_return.get(method.label)
+        if method.cfg.data.quality == "mixed"
+        else None,
+        "random": float(np.mean(floor)),
+    }
+
+
 def play_all(
-    method: Method, policy: Policy, tasks: list, reference: dict, cfg: Evaluation
+    method: Method, policy: Policy, split: checkpoint.TaskSplit, tasks: list, cfg: Evaluation
 ) -> Returns:
     """The run's policy, and what its returns are to be compared with."""
     env, family, settings = method.cfg.data.env, method.family, cfg.play
@@ -192,19 +215,7 @@ def play_all(
     played = play(env, tasks * cfg.repeats, policy, episodes, seed, title, succeeded)
     success = np.stack(succeeded, 1) if succeeded else None
 
-    # A return means something between two others: that of random actions and the best there is.
-    # Where the data were made by trained teachers, both were measured when they were collected.
-    floor = reference.get("random") or random_returns(env, tasks)
-    optimum = optimal_returns(env, tasks)  # in closed form; None where nobody knows it
-    lines = {
-        "optimum": None if optimum is None else float(np.mean(optimum)),
-        "teacher": float(np.mean(reference["teacher"])) if "teacher" in reference else None,
-        # Table 1 is of Mixed data; it knows no ablations and no families of the user's
-        "paper": family.paper_return.get(method.label)
-        if method.cfg.data.quality == "mixed"
-        else None,
-        "random": float(np.mean(floor)),
-    }
+    lines = reference_lines(method, split, cfg.split)
     ceiling = None
     if family.ceiling is not None:
         # With the policy's own memory: what is not in its prompt nobody can use. It samples, so its

@@ -205,6 +205,14 @@ def parse_evaluation(command: type, argv: list[str] | None = None) -> Any:
     return evaluation
 
 
+# --------------------------------------------------------------------------------------- figures.py
+def parse_figures(command: type, argv: list[str] | None = None) -> Any:
+    """figures.py's command line: its settings (`command`), none of which is a run's own."""
+    settings = cli(command(), sys.argv[1:] if argv is None else argv, "")
+    check_types(settings)
+    return settings
+
+
 # -------------------------------------------------------------------------------------- collect.py
 @dataclass(frozen=True)
 class CollectCommand:

@@ -75,6 +75,8 @@ def budget(script, argv, tiny_config) -> list[str]:
         return ["--episodes", "1"]
     if script == "tools/bench.py":
         return ["--only", "env-point-robot-batched", "--threads", "1"]
+    if script == "figures.py":
+        return ["--tasks", "4", "--plays", "1", "--prompts", "4"]
     if script not in ("train.py", "collect.py", "reproduce.py"):
         return []
     cfg, family = changed(tiny_config, datasets="datasets"), get_family(env)
@@ -116,6 +118,7 @@ def test_the_commands_of_the_readme_run(tiny_config, here, monkeypatch, capsys):
         assert row["command"].startswith("python ") and row["steps"] == str(SMALL["steps"])
     assert len(list(here.glob("runs/*/checkpoint.safetensors"))) == scripts.count("train.py")
     assert list(here.glob("datasets/*/meta.json")) and list(here.glob("results/bench.json"))
+    assert len(list(here.glob("runs/figures/*.html"))) == scripts.count("figures.py") == 1
     assert len(list(here.glob("results/paper/*/table.md"))) == scripts.count("reproduce.py") == 1
 
 
@@ -428,9 +431,10 @@ def test_evaluate_refuses_what_cannot_be(
         ("collect.py", "--cluster=", "--cluster"),
         ("collect.py", "--export-minari=", "--export-minari"),
         ("tools/bench.py", "--only nope", "nope"),
+        ("figures.py", "nowhere", "nowhere is not a t2mir run"),
     ],
 )
-def test_collect_and_bench_refuse_what_cannot_be(here, script, line, named, monkeypatch, capsys):
+def test_the_other_scripts_refuse_what_cannot_be(here, script, line, named, monkeypatch, capsys):
     refused(script, line.split(), named, here, monkeypatch, capsys)
 
 

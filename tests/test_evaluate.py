@@ -26,7 +26,7 @@ from data import file_hash, load_dataset, part_name
 from dpt import DPT
 from envs import optimal_returns, random_returns
 from evaluate import Evaluation, Returns, evaluate_run, play, print_table
-from figures import interval
+from pictures.curves import interval
 from support import checkpoint
 from support.command_line import parse_evaluation
 from support.files import save_json

@@ -1,0 +1,177 @@
+"""runs.py: finished runs as figures.py reads them.
+
+in : folders          out: `Run`s of one family, and lines of runs that differ in the seed alone
+Read beside figures.py. Nothing of the paper is here.
+
+Shapes: S seeds, N tasks, E episodes, M trajectories.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from collect import dataset_folder
+from config import Count, Text
+from data import Dataset, load_dataset
+from evaluate import Evaluation, variant
+from methods import Method
+from pictures.curves import read_returns
+from pictures.routers import Seen, fresh, has_experts, look
+from support import checkpoint
+from support.settings import FREE, FREE_GROUPS, leaves
+
+
+class LeftOut(ValueError):
+    """These runs do not make this figure; the message says why."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw the paper's figures from finished runs of one family."""
+
+    runs: tyro.conf.Positional[tuple[Text, ...]] = ()
+    """Folders of runs, runs/..."""
+    only: Text | None = None
+    """One of them: figure1, figure3, ..., router_health, page."""
+    out: Text | None = None
+    """Folder of the pictures (default: figures/ beside the first run)."""
+    data: Text | None = None
+    """figure7: the dataset of all runs (default: each run's own)."""
+    tasks: Count = 24
+    """figure1, 12, 13: how many tasks are played, held-out ones first."""
+    plays: Count = 5
+    """figure1, 12, 13: how often each is played; a trajectory a play."""
+    prompts: Count = 128
+    """figure7: prompts of each half of a group."""
+    env: Text | None = None
+    """The runs' family where it is a file of your own."""
+    backbone: Text | None = None
+    """The runs' method where it is a file of your own."""
+
+
+@dataclass
+class Run:
+    """A finished run, and what figures ask of it."""
+
+    folder: Path
+    method: Method
+    split: checkpoint.TaskSplit
+    settings: Figures
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def tasks(self) -> list:
+        """Those that are played: held-out ones, then trained ones."""
+        return [*self.split.test, *self.split.train][: self.settings.tasks]
+
+    @cached_property
+    def seen(self) -> tuple[Seen, np.ndarray]:
+        """What its routers make of fresh trajectories, and the task of each, (M,): played once."""
+        if not has_experts(self.method):
+            raise LeftOut(f"{self.folder} has no experts")
+        tau, task = fresh(self.method, self.tasks, self.settings.plays)
+        return look(self.method, tau), task
+
+    def returns(self) -> tuple[list[str], np.ndarray]:
+        """Held-out tasks and returns (N, E) of the evaluation as training ended with it."""
+        own = f"test-{variant(self.method, Evaluation('', play=self.method.cfg.play))}.csv"
+        there = sorted(path.name for path in self.folder.glob("test-*.csv"))
+        if own not in there and len(there) != 1:
+            raise LeftOut(f"{self.folder} has no {own}: python evaluate.py {self.folder}")
+        return read_returns(self.folder / (own if own in there else there[0]))
+
+    def log(self) -> list[dict[str, str]]:
+        """The rows of train.csv; none where it is gone."""
+        path = self.folder / "train.csv"
+        if not path.exists():
+            return []
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def dataset(self) -> Dataset:
+        """What it was trained on. Raises LeftOut where that is not there."""
+        cfg = self.method.cfg
+        folder = self.settings.data or cfg.training.data or dataset_folder(cfg.collection)
+        if not (Path(folder) / "meta.json").exists():
+            raise LeftOut(f"{self.folder} was trained on {folder}: name it with --data")
+        return load_dataset(folder, cfg.data.env)
+
+    def line(self) -> dict[str, object]:
+        """All settings that make it another line in a figure: all but the seed and the like."""
+        return {
+            name: value
+            for group, name, value in leaves(self.method.cfg)
+            if group not in FREE_GROUPS and name not in (*FREE, "seed")
+        }
+
+
+def open_runs(settings: Figures) -> list[Run]:
+    """The runs, read. Raises ValueError with one line for a folder that is no run, a run that is
+    not finished, and for runs of different families.
+    """
+    if not settings.runs:
+        raise ValueError("name the runs first: python figures.py runs/... runs/...")
+    runs: list[Run] = []
+    for place in settings.runs:
+        files = {"env": settings.env, "backbone": settings.backbone}
+        method, header = checkpoint.load_method(place, torch.device("cpu"), **files)
+        steps = method.cfg.training.steps
+        if header.step < steps:
+            done = f"{header.step} of {steps} steps"
+            raise ValueError(f"{place} is not finished ({done}): train.py --resume goes on")
+        split = checkpoint.read_tasks(place, method.cfg.data.env)
+        runs.append(Run(Path(place), method, split, settings))
+        first, env = runs[0], method.cfg.data.env
+        if env != first.method.cfg.data.env:
+            raise ValueError(
+                f"{first.folder} is of {first.method.cfg.data.env}, {place} of {env}: "
+                "draw one family at a time"
+            )
+    return runs
+
+
+@dataclass
+class Drawn:
+    """A figure that was made: stem.png, stem.pdf, stem.csv, and what stands below it."""
+
+    stem: Path
+    caption: str
+
+
+def lines_of(runs: list[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of equal settings but for the seed together, and a name for each such line.
+
+    Its name is the method's; lines of one name add the settings in which they differ.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        known = [group for group in groups if group[0].line() == run.line()]
+        known[0].append(run) if known else groups.append([run])
+    named = []
+    for group in groups:
+        name, own = group[0].method.label, group[0].line()
+        others = [g[0].line() for g in groups if g[0].method.label == name and g is not group]
+        differ = [k for k in own if any(own[k] != other.get(k) for other in others)]
+        said = ", ".join(f"{k} {own[k]}" for k in differ)
+        named.append((f"{name} ({said})" if said else name, group))
+    return named
+
+
+def stacked(group: list[Run]) -> np.ndarray:
+    """(S, N, E) of the runs of a line: the same tasks, as many episodes as all have."""
+    found = [run.returns() for run in group]
+    for run, (names, _) in zip(group, found, strict=True):
+        if names != found[0][0]:
+            raise ValueError(f"{run.folder} was evaluated on other tasks than {group[0].folder}")
+    episodes = min(returns.shape[1] for _, returns in found)
+    return np.stack([returns[:, :episodes] for _, returns in found])
