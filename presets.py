@@ -131,7 +131,7 @@ _CPU_SAC_DPT = _CPU_LONG_DPT | dict(recipe="explore")
 CPU = {
     # The paper's data, prompts of six episodes. Played are four (history + 1), the last of which is
     # then one of the middle: where nothing was found yet, its behaviour still searches.
-    ("darkroom", "ad"): dict(prompt_length=600, steps=600, batch=6, episodes=40),
+    ("darkroom", "ad"): dict(prompt_length=600, steps=400, batch=6, episodes=40),
     # Prompts of one episode, the memory that Algorithm 4 has, and three times as many of them.
     ("darkroom", "dpt"): dict(
         recipe="explore", data_episodes=400, prompt_length=100, batch=36, queries=16, steps=1100,
