@@ -35,10 +35,10 @@ def interval_over_seeds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % bootstrap interval of the mean of returns (S, N, E), over seeds and tasks: (E,) each.
 
-    Seeds and tasks are drawn with replacement, each by themselves: every seed was played on the
-    same tasks, so the S*N returns are no independent draws, and an interval that took them for such
-    would be too narrow. With one seed this is `interval`. Of few seeds (five, as in the paper) no
-    bootstrap knows the spread well: it is then some 10 % too narrow.
+    Seeds and tasks are drawn with replacement, each by themselves (experiments/compare.py does the
+    same with scores): every seed was played on the same tasks, so the S*N returns are no
+    independent draws, and an interval that took them for such would be too narrow. With one seed it
+    is over tasks alone. Of S seeds a bootstrap sees (S - 1) / S of the variance: of few too little.
     """
     seeds, tasks, _ = returns.shape
     rng = np.random.default_rng(0)

@@ -34,8 +34,12 @@ def draw_rooms(run: Run, episodes: int, tasks: int = 2):
 
 def darkroom(run: Run, tasks: list, history: list[Prompt], shown: list[int]):
     """A row for each goal; for each episode the belief that it began with, and what was done."""
+    from matplotlib.colors import PowerNorm
+
     from families.posterior import goal_posterior
 
+    # the same in all panels: a hundredth, a cell's share when nothing is known, can still be seen
+    shades = PowerNorm(0.35, 0, 1)
     memory = run.method.policy(run.method.cfg.play).memory
     columns = 2 * len(shown)
     form = {"figsize": (2.5 * columns, 2.7 * len(tasks)), "layout": "constrained"}
@@ -49,7 +53,7 @@ def darkroom(run: Run, tasks: list, history: list[Prompt], shown: list[int]):
         for row, goal in enumerate(tasks):
             left, right = axes[row, 2 * place : 2 * place + 2]
             # x to the right and y upwards; imshow's first axis is the rows
-            left.imshow(belief[row].T, origin="lower", cmap="Blues", vmin=0)
+            left.imshow(belief[row].T, origin="lower", cmap="Blues", norm=shades)
             left.set_title(f"belief before episode {episode + 1}", fontsize=8)
             steps, earned = cells(history[episode], row)
             right.plot(*steps.T, color="C0", alpha=0.6, linewidth=1.5)

@@ -28,6 +28,7 @@ from pictures.colours import colour_of_tasks, points
 from pictures.curves import interval, interval_over_seeds, read_returns
 from pictures.gradients import cosine, cosines, groups_of, imitation_gradient, only
 from pictures.numbers import compared, entropy, information, rank_correlation, silhouette
+from pictures.page import write_page
 from pictures.routers import TasksSeen, fresh, look
 from pictures.runs import Figures, Run, lines_of
 from support import checkpoint
@@ -492,17 +493,23 @@ def test_a_page_is_one_file_with_pictures_that_show_something(drawn):
 
 def test_figures_drawn_again_are_the_same(drawn, tmp_path):
     _, out, run = drawn
-    figures.draw(Figures(runs=(str(run),), out=str(tmp_path), only="figure1", tasks=4, plays=2))
-    for kind in ("csv", "pdf"):
-        (old,), (new,) = (tuple(f.glob(f"figure1-*>.{kind}")) for f in (out, tmp_path))
-        assert old.read_bytes() == new.read_bytes()
+    for name in ("figure3", "router_health"):
+        figures.draw(Figures(runs=(str(run),), out=str(tmp_path), only=name))
+        for kind in ("csv", "pdf", "png"):
+            (old,), (new,) = (tuple(f.glob(f"{name}*.{kind}")) for f in (out, tmp_path))
+            assert old.read_bytes() == new.read_bytes()
 
 
 def test_a_page_of_point_robot_shows_its_paths(tmp_path):
-    run = finished(tmp_path / "r", "ad", "point-robot")
-    figures.draw(Figures(runs=(str(run),), tasks=2, plays=2, only="page"))
-    text = (tmp_path / "figures" / "r.html").read_text()
-    assert "At play" in text and "python evaluate.py" in text  # it has no returns yet
+    place = finished(tmp_path / "r", "ad", "point-robot")
+    (run,) = figures.open_runs(Figures(runs=(str(place),)))
+    write_page(run, {}, tmp_path / "r.html")
+    read = Page((tmp_path / "r.html").read_text())
+    (picture,) = (imread(io.BytesIO(base64.b64decode(png))) for png in read.pictures)
+    # both goals and paths are there, in the first two colours of matplotlib
+    for colour in ([31, 119, 180], [255, 127, 14]):
+        assert (abs(picture[..., :3] * 255 - colour).max(-1) < 2).sum() > 300
+    assert "python evaluate.py" in " ".join(read.words)  # it has no returns yet
 
 
 # -------------------------------------------------------------------------------------- wrong input
