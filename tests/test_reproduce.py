@@ -34,7 +34,7 @@ RUN = {"seed", "preset", "eval_every", "eval_episodes", "device", "dtype"}
 def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
     """The start of a command line: one variant of DPT, tiny, on a dataset that is there."""
     monkeypatch.chdir(tmp_path)
-    for module in ("figures", "evaluate"):  # pictures take most of a tiny evaluation
+    for module in ("pictures.curves", "evaluate"):  # pictures take most of a tiny evaluation
         monkeypatch.setattr(f"{module}.draw_curve", lambda *_: None)
     data = {name: getattr(tiny_config.data, name) for name in ("tasks", "datasets", "recipe")}
     data |= {"data_episodes": 10, "data_queries": 50, "eval_every": 0, "queries": 4}
