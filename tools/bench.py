@@ -40,7 +40,6 @@ import torch
 import tyro
 
 from config import Threads
-from data import Prompt
 from envs import get_family, make_env, sample_tasks
 from evaluate import play
 from support.checked import validated
@@ -51,13 +50,13 @@ from teachers.sac import Replay, SACConfig, StackedSAC
 from tools import growth
 from tools.measuring import (
     ceiling,
+    episode_behind,
     in_own_process,
     make_method,
     operations_of,
     peak_gb,
     random_actions,
     random_dataset,
-    random_states,
     seconds_of,
 )
 from train import draw, get_data, set_learning_rate, training_step
@@ -83,25 +82,9 @@ def training(env: str, backbone: str, rows: int, **changes) -> dict[str, float]:
 def playing(env: str, backbone: str, tasks: int, history: int, **changes) -> dict[str, float]:
     """An episode of all tasks behind `history` others, the environment left out."""
     method = make_method(env, backbone, **changes)
-    family, horizon = method.family, method.family.horizon
-    policy = method.policy(method.cfg.play)
-    states, rewards = random_states(family, horizon, tasks), torch.zeros(tasks)
-    past = Prompt(
-        random_states(family, tasks, horizon),
-        random_actions(family, tasks, horizon),
-        torch.zeros(tasks, horizon),
-    )
-
-    @torch.inference_mode()
-    def episode() -> None:
-        policy.begin([past] * history, tasks)
-        for t in range(horizon):
-            policy.observe(states[t], policy.act(states[t]), rewards)
-
-    with torch.inference_mode():  # a memory fills up by one episode at a time
-        for finished in range(history):
-            policy.begin([past] * finished, tasks)
-    return {"seconds": seconds_of(episode), "peak_gb": peak_gb()}
+    fill, play_one = episode_behind(method, tasks, history)
+    fill()
+    return {"seconds": seconds_of(play_one), "peak_gb": peak_gb()}
 
 
 # ----------------------------------------------------------------------------------------- learning

@@ -31,16 +31,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data import Prompt
 from methods import Method
 from support.files import progress
 from tools.measuring import (
+    episode_behind,
     in_own_process,
     make_method,
     peak_gb,
-    random_actions,
     random_dataset,
-    random_states,
 )
 from train import training_step
 
@@ -136,23 +134,12 @@ def training(point: Point) -> Callable[[], float]:
 def playing(point: Point) -> Callable[[], float]:
     """A call plays an episode of all tasks with a full memory and returns its seconds."""
     method = method_of(point)
-    family, horizon, tasks = method.family, method.family.horizon, point.tasks
-    policy = method.policy(method.cfg.play)
-    states, rewards = random_states(family, horizon, tasks), torch.zeros(tasks)
-    past = Prompt(
-        random_states(family, tasks, horizon),
-        random_actions(family, tasks, horizon),
-        torch.zeros(tasks, horizon),
-    )
+    fill, play = episode_behind(method, point.tasks, point.memory)
 
-    @torch.inference_mode()
     def episode() -> float:
-        for finished in range(point.memory):  # a memory fills up by one episode at a time
-            policy.begin([past] * finished, tasks)
+        fill()
         before = time.perf_counter()
-        policy.begin([past] * point.memory, tasks)
-        for t in range(horizon):
-            policy.observe(states[t], policy.act(states[t]), rewards)
+        play()
         return time.perf_counter() - before
 
     return episode

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import Dataset
+from data import Dataset, Prompt
 from envs import Family, get_family
 from methods import Method, get_method
 from support.command_line import preset_config
@@ -121,3 +121,33 @@ def random_dataset(family: Family, episodes: int, tasks: int = 16, queries: int 
         state_mean=torch.zeros(family.state_dim),
         state_std=torch.ones(family.state_dim),
     )
+
+
+# ------------------------------------------------------------------------------------------ playing
+def episode_behind(
+    method: Method, tasks: int, finished: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two calls: one fills a policy's memory, the other plays an episode of all tasks behind so
+    many finished ones. The environment is left out.
+    """
+    family, horizon = method.family, method.family.horizon
+    policy = method.policy(method.cfg.play)
+    states, rewards = random_states(family, horizon, tasks), torch.zeros(tasks)
+    past = Prompt(
+        random_states(family, tasks, horizon),
+        random_actions(family, tasks, horizon),
+        torch.zeros(tasks, horizon),
+    )
+
+    @torch.inference_mode()
+    def fill() -> None:
+        for i in range(finished):  # a memory fills up by one episode at a time
+            policy.begin([past] * i, tasks)
+
+    @torch.inference_mode()
+    def play() -> None:
+        policy.begin([past] * finished, tasks)
+        for t in range(horizon):
+            policy.observe(states[t], policy.act(states[t]), rewards)
+
+    return fill, play
