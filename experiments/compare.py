@@ -9,19 +9,16 @@ context, and no maximum. `best`, the highest point of the mean curve, is what th
 have; it is a little too high, the more so the fewer tasks there are.
 
 All seeds play the same held-out tasks, so scores are a matrix, seeds x tasks, and both are samples:
-of trainings and of tasks. `interval` draws rows and columns anew, independently (a crossed, or
-"pigeonhole", bootstrap: Owen 2007). Seeds alone, as in the paper, would say nothing of other tasks;
-tasks within seeds would take what one task adds to all seeds for noise that averages out. With few
-seeds it is too narrow in their direction (of S seeds a bootstrap sees (S - 1) / S of the variance),
-and with one seed it is over tasks alone.
+of trainings and of tasks. `interval` draws rows and columns anew, each by themselves, as the
+curves' does (pictures/curves.py: what it is worth with few seeds). Seeds alone, as in the paper,
+would say nothing of other tasks; tasks within seeds would take what one task adds to all seeds for
+noise that averages out.
 
 Shapes: S seeds, N tasks, E episodes, R repeats.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +28,7 @@ import numpy as np
 
 from evaluate import LAST, normalised
 from experiments.runs import read_record
+from pictures.curves import as_csv, interval_over_seeds, read_returns
 from support.files import write_atomically
 
 # fmt: off
@@ -50,15 +48,8 @@ def interval(scores: np.ndarray, draws: int = 4000) -> tuple[float, float]:
     """
     if scores.size < 2:
         return math.nan, math.nan
-    rng, (seeds, tasks) = np.random.default_rng(0), scores.shape
-    means = np.empty(draws)
-    for i in range(draws):
-        # how often each seed and each task is drawn; the same tasks for all seeds of a draw
-        rows = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) / seeds
-        columns = np.bincount(rng.integers(tasks, size=tasks), minlength=tasks) / tasks
-        means[i] = rows @ scores @ columns
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    low, high = interval_over_seeds(scores[..., None], draws)
+    return low.item(), high.item()
 
 
 def paired(ours: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
@@ -98,35 +89,15 @@ class Runs:
         return self.returns[..., -LAST:].mean(-1)
 
 
-def read_returns(path: Path) -> dict[str, np.ndarray]:
-    """{task: (E,) mean returns over its repeats} of a CSV of evaluate.py.
-
-    Raises ValueError with one line where it is none.
-    """
-    played: dict[str, dict[int, list[float]]] = {}
-    try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                episodes = played.setdefault(row["task"], {})
-                episodes.setdefault(int(row["episode"]), []).append(float(row["return"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not an evaluation ({error!r})") from None
-    return {
-        task: np.array([np.mean(episodes[e]) for e in sorted(episodes)])
-        for task, episodes in played.items()
-    }
-
-
 def read_runs(records: dict[int, Path]) -> Runs:
     """The evaluations that the records of some seeds name. Raises ValueError with one line."""
     known = {seed: read_record(path) for seed, path in sorted(records.items())}
     read = [read_returns(records[seed].parent / known[seed]["csv"]) for seed in known]
-    tasks, length = list(read[0]), len(next(iter(read[0].values())))
-    for seed, returns in zip(known, read, strict=True):
-        if list(returns) != tasks or any(len(curve) != length for curve in returns.values()):
+    tasks, returns = read[0]
+    for seed, (names, curves) in zip(known, read, strict=True):
+        if names != tasks or curves.shape != returns.shape:
             raise ValueError(f"{records[seed]}: another seed has played other tasks or episodes")
-    curves = np.array([[returns[task] for task in tasks] for returns in read])
-    return Runs(list(known), tasks, curves, list(known.values()))
+    return Runs(list(known), tasks, np.stack([curves for _, curves in read]), list(known.values()))
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -179,16 +150,6 @@ def _difference(runs: Runs, first: Runs | None) -> tuple[float, float, float] | 
 
 
 # ------------------------------------------------------------------------------------------- files
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """table.csv: all numbers, a column each."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return out.getvalue()
-
-
 def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
     """table.md: what a reader compares."""
     head = ["family", "backbone", "variant", "paper", f"ours, last {LAST} [95 %]", "best", "share"]

@@ -35,8 +35,8 @@ def interval_over_seeds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % bootstrap interval of the mean of returns (S, N, E), over seeds and tasks: (E,) each.
 
-    Seeds and tasks are drawn with replacement, each by themselves (experiments/compare.py does the
-    same with scores): every seed was played on the same tasks, so the S*N returns are no
+    Seeds and tasks are drawn with replacement, each by themselves (a crossed, or "pigeonhole",
+    bootstrap: Owen 2007): every seed was played on the same tasks, so the S*N returns are no
     independent draws, and an interval that took them for such would be too narrow. With one seed it
     is over tasks alone. Of S seeds a bootstrap sees (S - 1) / S of the variance: of few too little.
     """
@@ -56,7 +56,9 @@ def read_returns(path: Path) -> tuple[list[str], np.ndarray]:
 
     Raises ValueError with one line for a file that evaluate.py did not write.
     """
-    wrong = ValueError(f"{path} holds no returns of evaluate.py: evaluate its run again")
+    wrong = ValueError(
+        f"{path} is not an evaluation: it holds no returns of evaluate.py; evaluate its run again"
+    )
     plays: list[tuple[str, list[float]]] = []  # a task, and the returns of one play of it
     try:
         with open(path, newline="") as file:
@@ -87,14 +89,19 @@ def pyplot():
     return plt
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
+def as_csv(rows: list[dict]) -> str:
     """Rows of equal columns as CSV; numbers with six digits."""
     text = io.StringIO()
     out = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     out.writeheader()
     for row in rows:
         out.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    return text.getvalue()
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """`as_csv` into a file."""
+    write_atomically(path, lambda temporary: temporary.write_text(as_csv(rows)))
 
 
 def save(figure, stem: Path, rows: list[dict]) -> None:
