@@ -63,7 +63,7 @@ from support.command_line import (
 from support.distributed import resolve_device
 from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.settings import FREE, check_types, flat, leaves, with_values
+from support.settings import check_types, counting, flat, with_values
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,7 @@ def run_name(cfg: Config) -> str:
 
 def measured(cfg: Config) -> dict[str, Any]:
     """All settings that change what is measured: training, data and how it plays."""
-    return {
-        name: value
-        for group, name, value in leaves(cfg)
-        if group not in ("work", "run") and name not in FREE
-    }
+    return dict(counting(cfg, "work", "run"))
 
 
 def make_job(command: Reproduction, cfg: Config, gpus: int) -> Job:

@@ -25,7 +25,7 @@ from methods import Method
 from pictures.curves import read_returns
 from pictures.routers import Seen, fresh, has_experts, look
 from support import checkpoint
-from support.settings import FREE, FREE_GROUPS, leaves
+from support.settings import FREE_GROUPS, counting
 
 
 class LeftOut(ValueError):
@@ -108,11 +108,8 @@ class Run:
 
     def line(self) -> dict[str, object]:
         """All settings that make it another line in a figure: all but the seed and the like."""
-        return {
-            name: value
-            for group, name, value in leaves(self.method.cfg)
-            if group not in FREE_GROUPS and name not in (*FREE, "seed")
-        }
+        settings = dict(counting(self.method.cfg, *FREE_GROUPS))
+        return {name: value for name, value in settings.items() if name != "seed"}
 
 
 def open_runs(settings: Figures) -> list[Run]:

@@ -29,12 +29,11 @@ from support import distributed
 from support.checkpoint import load_config
 from support.files import end_bars
 from support.settings import (
-    FREE,
     FREE_GROUPS,
     check_types,
+    counting,
     flat,
     groups_of,
-    leaves,
     with_values,
 )
 from support.stop import Stop, by_exception
@@ -137,9 +136,8 @@ def departures(cfg: Config) -> dict[str, tuple[Any, Any]]:
     paper = flat(preset_config("paper", cfg.data.env, cfg.backbone))
     return {
         name: (paper[name], value)
-        for group, name, value in leaves(cfg)
-        # where and who is free, what is not
-        if group not in ("", "work", "run") and name not in FREE and value != paper[name]
+        for name, value in counting(cfg, "", "work", "run")  # where and who is free, what is not
+        if value != paper[name]
     }
 
 
@@ -172,8 +170,8 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     before = flat(old)
     return [
         f"{name} {before.get(name)} -> {value}"  # another method has settings of its own
-        for group, name, value in leaves(new)
-        if group not in FREE_GROUPS and name not in FREE and value != before.get(name)
+        for name, value in counting(new, *FREE_GROUPS)
+        if value != before.get(name)
     ]
 
 

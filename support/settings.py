@@ -33,6 +33,13 @@ def leaves(settings: Any) -> Iterator[tuple[str, str, Any]]:
             yield "", entry.name, value
 
 
+def counting(settings: Any, *free_groups: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting that counts: all but those of these groups and of FREE."""
+    for group, name, value in leaves(settings):
+        if group not in free_groups and name not in FREE:
+            yield name, value
+
+
 def flat(settings: Any) -> dict[str, Any]:
     """{name: value} of every setting; names are unique over the groups."""
     return {name: value for _, name, value in leaves(settings)}
