@@ -139,7 +139,7 @@ def evaluate_run(cfg: Evaluation) -> dict:
     method, header = checkpoint.load_method(folder, resolve_device(cfg.device), **files)
     policy = method.policy(cfg.play)  # refuses settings that cannot be
     split = checkpoint.read_tasks(folder, method.cfg.data.env)
-    tasks = split.test if cfg.split == "test" else split.train
+    tasks = split.tasks(cfg.split)
     name = f"{cfg.split}-{variant(method, cfg)}"
     if cfg.results is None:
         target, summary = folder, folder.parent / "summary.csv"
@@ -150,7 +150,7 @@ def evaluate_run(cfg: Evaluation) -> dict:
     family, plays = method.family, len(tasks) * cfg.repeats
     numbers = plays * cfg.play.episodes * family.horizon * (family.state_dim + 2)
     need_memory(f"{cfg.play.episodes} episodes of {plays} tasks", 4 * numbers)
-    returns = play_all(method, policy, split, tasks, cfg)
+    returns = play_all(method, policy, split, cfg)
     row = summary_row(method.cfg, header, cfg, returns)
     # Evaluations share summary.csv, and the run's folder with its training: they wait for one
     # another, not for that.
@@ -186,7 +186,7 @@ def reference_lines(
     is not known. `which`: test or train, the tasks of the split.
     """
     env, family = method.cfg.data.env, method.family
-    tasks = split.test if which == "test" else split.train
+    tasks = split.tasks(which)
     reference = (split.reference or {}).get(which, {})
     # A return means something between two others: that of random actions and the best there is.
     # Where the data were made by trained teachers, both were measured when they were collected.
@@ -204,9 +204,10 @@ def reference_lines(
 
 
 def play_all(
-    method: Method, policy: Policy, split: checkpoint.TaskSplit, tasks: list, cfg: Evaluation
+    method: Method, policy: Policy, split: checkpoint.TaskSplit, cfg: Evaluation
 ) -> Returns:
     """The run's policy, and what its returns are to be compared with."""
+    tasks = split.tasks(cfg.split)
     env, family, settings = method.cfg.data.env, method.family, cfg.play
     episodes, seed = settings.episodes, settings.play_seed
     # repeats are further rows: the same tasks, other starts and other draws

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Json
@@ -70,6 +70,10 @@ class TaskSplit(TaskFile):
     """The tasks of a run, and what is known of them."""
 
     reference: Reference | None = None
+
+    def tasks(self, which: Literal["test", "train"]) -> list:
+        """Held-out tasks, or those trained on."""
+        return self.test if which == "test" else self.train
 
 
 def describe_run(cfg: Config, tasks: dict) -> dict[str, Any]:
