@@ -85,9 +85,10 @@ CPU_DATA = {
     # multiples of 3: as many of each cluster
     "cheetah-vel-3cluster": dict(train_tasks=48, test_tasks=21, **_CPU_SAC),
     # as in the paper, a teacher each: what one makes of 65 numbers has not been tried
-    "walker-param": dict(train_tasks=20, test_tasks=5, data_episodes=120, data_queries=4000,
-                         teacher_steps=40_000, teacher_save_every=1000, teacher_warmup=1000,
-                         teacher_hidden=64, teacher_batch=128, teacher_lr=1e-3, teacher_alpha=0.02),
+    "walker-param": _CPU_SAC | dict(
+        train_tasks=20, test_tasks=5, teacher="each", teacher_save_every=1000, teacher_hidden=64,
+        teacher_batch=128,
+    ),
     # PPO, in whole rollouts of 2048 steps: 20 and 40 checkpoints. Push is learnt far more slowly
     "reach": dict(train_tasks=16, test_tasks=4, data_episodes=120, data_queries=4000,
                   teacher_steps=40_960, teacher_save_every=2048),

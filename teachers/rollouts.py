@@ -53,9 +53,10 @@ class Policies:
     kind: str
     tensors: dict[str, Tensor]  # w0, b0, ... (M, in, out), (M, 1, out); of `ppo` log_std (M, 1, da)
 
-    def of(self, row: int) -> Policies:
-        """One of them, a stack of one."""
-        return Policies(self.kind, {name: t[row : row + 1] for name, t in self.tensors.items()})
+    def of(self, row: int | slice) -> Policies:
+        """Some of them; one is a stack of one."""
+        rows = slice(row, row + 1) if isinstance(row, int) else row
+        return Policies(self.kind, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def act(self, inputs: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Actions for what the networks read, (M, B, in): sampled with `rng`, else the best.
@@ -86,13 +87,12 @@ def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(N
     names a missing or damaged file.
     """
     stacks = []
-    rows = slice(row, row + 1) if isinstance(row, int) else row
     for step in steps:
         try:
-            kind, tensors = read_policies(policy_file(folder, step))
+            stack = Policies(*read_policies(policy_file(folder, step)))
         except Damaged as error:
             raise Damaged(f"{error}: collect.py with the same settings trains it anew") from None
-        stacks.append(Policies(kind, {name: tensor[rows] for name, tensor in tensors.items()}))
+        stacks.append(stack.of(row))
     return join(stacks)
 
 

@@ -211,8 +211,8 @@ def train_policies(group: Group, alive) -> None:
         if group.teacher == "one":
             played, build = group.tasks[: group.played], partial(together, tasks=group.tasks)
         batch = make_batch(group.env, played)
-        report = lambda step, mean_return: alive()  # noqa: E731
-        train_sac(batch, trained_by, group.seed, folder, report, group.device, build=build)
+        seed, device = group.seed, group.device
+        train_sac(batch, trained_by, seed, folder, lambda *_: alive(), device, build=build)
     else:
         environment = partial(make_env, group.env, group.tasks[0])
         train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
