@@ -119,15 +119,21 @@ def save(figure, stem: Path, rows: list[dict]) -> None:
     write_table(stem.with_name(f"{stem.name}.csv"), rows)
 
 
-def draw_curve(
-    path: Path,
+def draw_curve(path: Path, *shown) -> None:
+    """`curve_figure` as a PNG."""
+    figure = curve_figure(*shown)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    pyplot().close(figure)
+
+
+def curve_figure(
     title: str,
     returns: np.ndarray,
     lines: dict[str, float | None],
     ceiling: np.ndarray | None,
     ceiling_name: str,
-) -> None:
-    """The return of each episode, (N, E), its interval, reference lines, the ceiling: a PNG."""
+):
+    """The return of each episode, (N, E), its interval, reference lines, the ceiling."""
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
@@ -148,5 +154,4 @@ def draw_curve(
     axis.set_xlim(1, max(2, len(episode)))  # also of one episode: an axis needs a length
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, loc="best")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
-    plt.close(figure)
+    return figure

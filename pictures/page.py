@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from evaluate import reference_lines
-from pictures.curves import draw_curve, pyplot
+from pictures.curves import curve_figure, pyplot
 from pictures.rooms import draw_rooms
 from pictures.runs import Drawn, LeftOut, Run
 from support.command_line import differences
@@ -95,7 +94,9 @@ def write_page(run: Run, drawn: dict[str, Drawn], path: Path) -> None:
             ("return, last five episodes", f"{returns[:, -5:].mean():.2f}"),
             *((name, f"{value:.2f}") for name, value in lines.items() if value is not None),
         ]
-        pictures.append(("Returns on held-out tasks", curve(run, returns, lines, path), BESIDE))
+        title = f"{run.method.family.name}, {run.method.label}"
+        curve = in_memory(curve_figure(title, returns, lines, None, ""), dpi=130)
+        pictures.append(("Returns on held-out tasks", curve, BESIDE))
     except LeftOut as reason:
         facts = [("returns", str(reason))]
     room = draw_rooms(run, max(episodes, 3))
@@ -125,22 +126,10 @@ STARS = (
 )
 
 
-def curve(run: Run, returns: np.ndarray, lines: dict, path: Path) -> str:
-    """The picture that evaluate.py draws."""
-    picture = path.with_name(f".{path.stem}-curve.png")
-    try:
-        draw_curve(
-            picture, f"{run.method.family.name}, {run.method.label}", returns, lines, None, ""
-        )
-        return encoded(picture.read_bytes())
-    finally:
-        picture.unlink(missing_ok=True)
-
-
-def in_memory(figure: Any) -> str:
+def in_memory(figure: Any, dpi: int = 110) -> str:
     """A matplotlib figure as PNG in base64. Closes it."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
+    figure.savefig(png, format="png", dpi=dpi)
     pyplot().close(figure)
     return encoded(png.getvalue())
 
