@@ -7,6 +7,7 @@ have 16 hidden units and 400 steps.
 import json
 
 import pytest
+import torch
 from commands import at_home, changed
 
 from collect import collect
@@ -15,6 +16,15 @@ from data import load_dataset
 
 TRAIN = [[0, 0], [9, 9], [0, 5], [3, 4], [7, 2], [5, 5], [1, 8], [9, 0]]
 TEST = [[2, 2], [8, 6], [4, 0], [0, 9]]
+
+
+@pytest.fixture
+def one_thread():
+    """More threads would change the rounding of teachers (collect.py)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -23,17 +23,11 @@ from teachers.rollouts import Policies, load_policies
 from teachers.sac import Replay, mlp, separate, train_sac
 from teachers.teachers import groups_of, teachers_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DS, DA, DT = 3, 2, 2
 TASKS = [[0.5, 1.0], [-1.0, 3.0], [2.0, 0.0], [7.0, -7.0]]  # the last is held out
 SEED = (3, 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def agent(reward=None, tasks=TASKS, batch=400) -> ConditionedSAC:

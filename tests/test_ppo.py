@@ -26,7 +26,7 @@ from support import files
 from teachers.ppo import PPOConfig, build, restore, segment_seed, state_tensors, train_ppo
 from teachers.sac import STATE, read_state, save_state
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
 
 SMALL = PPOConfig(steps=256, n_steps=64, batch=32, epochs=2, lr=1e-3, gamma=0.9, save_every=64)
 SEED = (3, 1)
@@ -66,14 +66,6 @@ class Point(gym.Env):
 
 class Stop(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def contents(folder):

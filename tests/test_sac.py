@@ -38,7 +38,7 @@ from teachers.sac import (
     train_sac,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
 
 DS, DA, ROWS = 3, 2, 32
 UPDATES = SACConfig(steps=100, warmup=10, save_every=20, hidden=16, batch=ROWS)
@@ -49,14 +49,6 @@ SEED = (3, 1)
 
 class Stop(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draws(seed, n, count=1):
