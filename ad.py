@@ -16,7 +16,8 @@ Shapes: B rows, n = L*T steps of a prompt, T steps an episode, N tasks played, A
 
 Differs from the paper: both draws of a task, tau and tau', are imitated, and each is key for the
 other (as in the official code). One forward pass then does all of Algorithm 1, and no row is
-computed for being a key alone.
+computed for being a key alone. A switch: `--best` imitates good episodes alone, behind any others
+of their task, where the paper imitates every episode of a history.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diagnostics
-from config import Config, Count, Play
+from config import Config, Count, Play, Share
 from data import Dataset, Prompt, draw_episodes, draw_tasks, gather_prompt
 from envs import Family
 from methods import Method
@@ -47,6 +48,14 @@ class ADBatch:
 
     def to(self, device) -> ADBatch:
         return ADBatch(self.prompt.to(device), self.task.to(device))
+
+
+@dataclass(frozen=True)
+class ADSettings:
+    """what AD imitates (Algorithm 1)"""
+
+    best: Share = 0.0
+    """Imitate a prompt's last episode alone, one of this share of the task's best; 0: all of it."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +106,27 @@ class ADModel(T2MIR):
 
 # ------------------------------------------------------------------------------------ Algorithm 1
 def sample_ad(
-    dataset: Dataset, rows: int, episodes: int, draws: int, rng: torch.Generator
+    dataset: Dataset,
+    rows: int,
+    episodes: int,
+    draws: int,
+    rng: torch.Generator,
+    best: float = 0.0,
 ) -> ADBatch:
-    """Algorithm 1, lines 3-9: L = `episodes` of a task, ascending by return, concatenated."""
+    """Algorithm 1, lines 3-9: L = `episodes` of a task, ascending by return, concatenated.
+
+    `best`: one of them at least is of this share of the task's best, so that the last one is.
+    """
     task = draw_tasks(dataset, rows, draws, rng)  # line 4; each for tau_i and for tau'_i
     # Ranks are drawn, not episodes, and ranks are sorted, not returns: `dataset.order` lists a
     # task's episodes by return once and for all, so that ascending ranks are ascending returns.
     # Returns rise along the prompt, which is what AD learns to go on with (App. E: "a
     # trajectory-ranking mechanism").
-    rank = draw_episodes(dataset, len(task), episodes, rng)  # (B, L); lines 5, 7
+    top = None
+    if best:
+        among = max(1, round(best * dataset.episodes))
+        top = dataset.episodes - 1 - torch.randint(among, (len(task),), generator=rng)
+    rank = draw_episodes(dataset, len(task), episodes, rng, top)  # (B, L); lines 5, 7
     rank = rank.sort(dim=1).values  # line 6
     return ADBatch(gather_prompt(dataset, task, dataset.order[task[:, None], rank]), task)
 
@@ -113,7 +134,8 @@ def sample_ad(
 class AD(Method):
     """T2MIR-AD; with --moe none plain AD."""
 
-    Model, Play = ModelSettings, ADPlay  # their settings join the command line (methods.py)
+    # their settings join the command line (methods.py)
+    Model, Settings, Play = ModelSettings, ADSettings, ADPlay
     presets = "ad"  # Table 4
     try_next = "--history of evaluate.py keeps more or fewer episodes in the context"
 
@@ -127,14 +149,17 @@ class AD(Method):
     def sample(self, dataset: Dataset, rows: int, draws: int, rng: torch.Generator) -> ADBatch:
         # L: Table 4 gives the prompt length in steps
         episodes = self.cfg.training.prompt_length // self.family.horizon
-        return sample_ad(dataset, rows, episodes, draws, rng)
+        return sample_ad(dataset, rows, episodes, draws, rng, self.cfg.method.best)
 
     def losses(self, batch: ADBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Algorithm 1, lines 11-13: Eq. 10, Eq. 3 and w_con times Eq. 7."""
         output = self.forward(batch)
         discrete = self.family.discrete_actions
+        # --best: the earlier episodes are read, not imitated
+        end = slice(-self.family.horizon if self.cfg.method.best else 0, None)
         # The targets are the prompt's own actions: AD needs no labels. Those of tau' count as well.
-        imitation = eq10_imitation_loss(output.action, batch.prompt.actions, discrete)
+        action, target = output.action[:, end], batch.prompt.actions[:, end]
+        imitation = eq10_imitation_loss(action, target, discrete)
         return {"imitation": imitation, **output.losses}, output.metrics
 
     def after_step(self) -> None:

@@ -280,10 +280,16 @@ def draw_tasks(dataset: Dataset, batch: int, draws: int, rng: torch.Generator) -
     return task[: batch // draws].repeat_interleave(draws)
 
 
-def draw_episodes(dataset: Dataset, rows: int, count: int, rng: torch.Generator) -> Tensor:
-    """`count` different episode ids for each row (rows, count), every subset equally likely."""
+def draw_episodes(
+    dataset: Dataset, rows: int, count: int, rng: torch.Generator, must: Tensor | None = None
+) -> Tensor:
+    """`count` different episode ids for each row (rows, count), every subset equally likely;
+    `must` (rows,): of those that hold this one."""
     # the places of the `count` largest of E random numbers: a draw without replacement, row by row
-    return torch.rand(rows, dataset.episodes, generator=rng).topk(count, dim=1).indices
+    key = torch.rand(rows, dataset.episodes, generator=rng)
+    if must is not None:
+        key.scatter_(1, must[:, None], 2.0)  # above all numbers that are drawn
+    return key.topk(count, dim=1).indices
 
 
 def rows(batch, keep: slice):

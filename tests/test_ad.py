@@ -112,6 +112,27 @@ def test_ad_prompts_are_whole_episodes_ascending_by_return():
     assert torch.equal(returns, data.returns[task[:, None], episode])
 
 
+def test_best_ends_a_prompt_with_one_of_the_tasks_best_and_imitates_that_alone():
+    data, steps = toys.coded_dataset(), 100
+    draw = partial(sample_ad, data, 64, 3, 2)
+    batch = draw(torch.Generator().manual_seed(0), 0.25)
+    task, episode = toys.episodes_of(batch)
+    rank = (data.order[task][:, None] == episode[..., None]).int().argmax(-1)  # (B, 3)
+    assert (rank.diff(dim=1) > 0).all()  # ascending, and three different ones
+    among = max(1, round(0.25 * data.episodes))
+    assert (rank[:, -1] >= data.episodes - among).all()
+    assert set(rank[:, -1].tolist()) == set(range(data.episodes - among, data.episodes))
+    any_of_them = draw(torch.Generator().manual_seed(0))
+    assert (toys.episodes_of(any_of_them)[1].max(1).values != episode[:, -1]).any()
+
+    learner = method("ad", data.family, best=0.25)
+    action = torch.randn(*batch.prompt.actions.shape, 5, requires_grad=True)
+    terms, _ = stub(learner, action).losses(batch)
+    terms["imitation"].backward()
+    read = action.grad.abs().sum((0, 2)) > 0
+    assert read.tolist() == [False] * 2 * steps + [True] * steps
+
+
 # ------------------------------------------------------------------------------------ who sees whom
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("gate, place", [*product(CAUSAL, PLACES)])
