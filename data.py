@@ -19,6 +19,7 @@ are int64 ids without a trailing axis, continuous ones float32 with a trailing d
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -299,3 +300,21 @@ def rows(batch, keep: slice):
     return type(batch)(
         **{k: rows(v, keep) if isinstance(v, Prompt) else v[keep] for k, v in parts.items()}
     )
+
+
+def one_step_a_state(prompt: Prompt, sides: tuple[int, ...], length: int) -> Prompt:
+    """`length` of a grid's steps (B, n >= length): the newest of each state, in the order of play.
+
+    What is left over is filled with the newest of the other steps. `sides`: the values of each
+    coordinate; a row with more states than `length` keeps those seen last.
+    """
+    cell = torch.zeros_like(prompt.states[..., 0], dtype=torch.int64)  # (B, n) ids
+    for axis, size in enumerate(sides):
+        cell = cell * size + prompt.states[..., axis]
+    b, n = cell.shape
+    time = torch.arange(n).expand(b, n)
+    newest = torch.full((b, math.prod(sides)), -1).scatter_reduce(1, cell, time, "amax")
+    is_newest = newest.gather(1, cell) == time
+    keep = (time + n * is_newest).topk(length, dim=1).indices.sort(dim=1).values  # (B, length)
+    row = torch.arange(b)[:, None]
+    return Prompt(prompt.states[row, keep], prompt.actions[row, keep], prompt.rewards[row, keep])

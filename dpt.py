@@ -39,8 +39,16 @@ from torch import Tensor
 
 import diagnostics
 from ad import eq10_imitation_loss
-from config import Config, Play, Rows, Share
-from data import Dataset, Prompt, draw_episodes, draw_tasks, gather_prompt, model_dtype
+from config import Config, FewOrNone, Play, Rows, Share
+from data import (
+    Dataset,
+    Prompt,
+    draw_episodes,
+    draw_tasks,
+    gather_prompt,
+    model_dtype,
+    one_step_a_state,
+)
 from envs import Family
 from methods import Method
 from models import T2MIR, ModelSettings, Output
@@ -74,6 +82,8 @@ class DPTSettings:
     """With the query last: share of queries that see a random part of the prompt."""
     empty: Share = 0.0
     """With the query last: share of queries that see no prompt."""
+    pooled: FewOrNone = 0
+    """Grids: every other prompt is what up to so many episodes without a reward have seen."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ def sample_dpt(
     # Episodes in a random order, not sorted as in Algorithm 1: here nothing has to rise.
     chosen = draw_episodes(dataset, len(task), episodes, rng)  # (B, L); lines 13, 14
     prompt = gather_prompt(dataset, task, chosen)
+    if settings.pooled:
+        prompt = with_pools(prompt, dataset, task, settings.pooled, rng)
     # Independent of the prompt: the prompt then tells which task it is, and not the query's answer.
     size = (len(task), settings.queries)  # (B, Q)
     pick = torch.randint(dataset.query_states.shape[1], size, generator=rng)  # line 12
@@ -168,6 +180,34 @@ def sample_dpt(
         query_actions=labels.long() if dataset.family.discrete_actions else labels.float(),
         visible=visible,
     )
+
+
+def with_pools(
+    prompt: Prompt, dataset: Dataset, task: Tensor, most: int, rng: torch.Generator
+) -> Prompt:
+    """Half of the prompts (B, T), drawn at random, become what 1, 2, ... or `most` episodes of
+    their task have seen that found no reward: one step of each state, T in all.
+
+    A long search in few tokens. All its rewards are alike, so that it does not matter which step
+    of a state is kept, nor what stands behind it.
+    """
+    returns = dataset.returns[task]  # (B, E)
+    quiet = returns == returns.min(dim=1, keepdim=True).values  # what finds nothing
+    # places of the largest of E random numbers; all others come behind the quiet ones
+    order = (torch.rand(returns.shape, generator=rng) + quiet).topk(most, dim=1).indices
+    count = 1 + (torch.rand(len(task), generator=rng) * most).long()
+    count = torch.minimum(count, quiet.sum(1))
+    # fewer than `most`: the first ones again, whose steps tell nothing new
+    place = torch.arange(most).expand(len(task), most) % count[:, None]
+    pool = gather_prompt(dataset, task, order.gather(1, place))  # (B, most * T)
+    pool = one_step_a_state(pool, dataset.family.state_values or (), prompt.steps)
+    return where(torch.rand(len(task), generator=rng) < 0.5, pool, prompt)
+
+
+def where(chosen: Tensor, one: Prompt, other: Prompt) -> Prompt:
+    """Row by row (B,): this prompt or the other, of as many steps."""
+    columns = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(Prompt)]
+    return Prompt(*(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in columns))
 
 
 class DPT(Method):
@@ -244,6 +284,18 @@ class DPT(Method):
             raise ValueError("--short and --empty need --query-position last")
         if settings.short + settings.empty > 1:
             raise ValueError("--short and --empty are shares: together at most 1")
+        if settings.pooled:
+            if family.state_values is None:
+                raise ValueError(f"--pooled is for grids; {family.name} has continuous states")
+            if cfg.training.prompt_length != family.horizon or not last:
+                raise ValueError(
+                    f"--pooled needs --query-position last and --prompt-length {family.horizon}"
+                )
+            if settings.pooled > cfg.data.data_episodes:
+                raise ValueError(
+                    f"--pooled {settings.pooled} needs as many --data-episodes, not "
+                    f"{cfg.data.data_episodes}"
+                )
         if last and not model.decodable:
             raise ValueError(
                 "--query-position last with --routing sequence needs --moe-position top: below it, "
@@ -253,11 +305,16 @@ class DPT(Method):
 
 # ------------------------------------------------------------------------------------ Algorithm 4
 class DPTPolicy(ModelPolicy):
-    """Algorithm 4: the query state beside a frozen prompt, the last episode (or all of them)."""
+    """Algorithm 4: the query state beside a frozen prompt, the last episode (or all of them).
+
+    All of them, with `--pooled`: the best episode once a reward is found, and until then one step
+    of each state that has been seen: as long as an episode, however many there were.
+    """
 
     def __init__(self, method: DPT, play: DPTPlay):
         super().__init__(method, play)
         self.memory = play.prompt
+        self.pools = method.cfg.method.pooled and self.memory == "all"
         self.cache = None
 
     def begin(self, history: list[Prompt], rows: int) -> None:
@@ -270,6 +327,8 @@ class DPTPolicy(ModelPolicy):
             cells = math.prod(self.sides)
             # logits of each task and cell, not actions: those are sampled anew. NaN: not known yet
             self.answers = torch.full((rows, cells, self.model.head.out_features), torch.nan)
+        if self.pools and history:
+            history = [self._pool(concatenate(history))]
         if self.model.query_last:
             self._fill_cache(history, rows)
         elif history:  # Algorithm 4, line 11: tau <- R
@@ -283,12 +342,23 @@ class DPTPolicy(ModelPolicy):
 
     def _fill_cache(self, history: list[Prompt], rows: int) -> None:
         """Keys and values of the prompt; of all episodes only the newest is not there yet."""
-        if self.cache is None or self.memory == "last" or not history:  # else it grows
+        anew = self.memory == "last" or self.pools or not history  # else it grows
+        if self.cache is None or anew:
             self.cache = self.model.new_cache(rows, 3 * self.family.horizon + 1)  # 1: the query
         if history:  # line 11: tau <- R
             new = history[-1]
             prompt = self.prompt(new.states, new.actions, new.rewards)
             self.model.decode(self.model.embed_prompt(prompt), self.cache)
+
+    def _pool(self, past: Prompt) -> Prompt:
+        """One episode's worth of all of them (N, L*T): what it is made of is said above."""
+        steps = self.family.horizon
+        episodes = past.rewards.unflatten(1, (-1, steps)).sum(-1)  # (N, L)
+        best = steps * episodes.argmax(1, keepdim=True) + torch.arange(steps)  # (N, T)
+        row = torch.arange(len(best))[:, None]
+        kept = Prompt(past.states[row, best], past.actions[row, best], past.rewards[row, best])
+        found = past.rewards.max(1).values > past.rewards.min(1).values
+        return where(found, kept, one_step_a_state(past, self.sides, steps))
 
     def predict(self, states: Tensor, row: Tensor | slice) -> Tensor:
         """The model's output (M, A) for states (M, ds) of the tasks `row`."""

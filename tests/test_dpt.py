@@ -89,6 +89,9 @@ def test_eq11_of_continuous_actions_is_the_squared_error():
         ("--queries 0", {"queries": 0}),
         ("--noise", {"noise": 0.1}),
         ("--keys other needs two draws", {"keys": "other", "draws": 4}),
+        ("--pooled needs", {"pooled": 2, "prompt_length": 2 * T}),
+        ("--pooled needs", {"pooled": 2, "prompt_length": T, "query_position": "first"}),
+        ("--pooled 9 needs", {"pooled": 9, "prompt_length": T, "data_episodes": 8}),
     ],
 )
 def test_settings_refuse(why, changes):
@@ -161,6 +164,32 @@ def test_dpt_shares_of_hidden_prompts(short, empty):
         assert part.unique().numel() == steps - 2
     if not short and empty in (0, 1):  # exactly, not only on average
         assert (visible == 0).all() if empty else ((visible % 100 == 0) & (visible > 0)).all()
+
+
+def test_pooled_prompts_are_what_a_tasks_quiet_episodes_have_seen():
+    """Half of the prompts; the others are as without. Episode 3 and 7 of each task find nothing;
+    in the coded data an episode has one state, so that a pool has one step of each beside copies.
+    """
+    data = toys.coded_dataset()
+    data.rewards[..., 0] = 1  # all others find some
+    data.rewards[:, [3, 7]] = 0
+    data.returns = data.rewards.sum(-1)
+    seen, pools, rows = set(), 0, 2000
+    batch = sample(data, rows, 1, 2, pooled=4)
+    whole = sample(data, rows, 1, 2)
+    for row in range(rows):
+        task, episode = batch.prompt.states[row].unbind(-1)
+        assert (task == batch.task[row]).all()
+        of = set(episode.tolist())
+        if of <= {3, 7}:
+            pools += 1
+            assert (batch.prompt.rewards[row] == 0).all()
+            seen.add(tuple(sorted(of)))
+        else:
+            assert torch.equal(batch.prompt.states[row], whole.prompt.states[row])
+            assert torch.equal(batch.prompt.actions[row], whole.prompt.actions[row])
+    assert seen == {(3,), (7,), (3, 7)}  # of one episode, of both, of no more than there are
+    assert pools / rows == pytest.approx(0.5 + 0.5 * 0.2, abs=0.05)  # 2 of 10 by themselves
 
 
 # ------------------------------------------------------------------------------------ who sees whom
@@ -305,6 +334,39 @@ def test_algorithm4_is_given_the_last_episode_or_all(monkeypatch, layout, memory
     monkeypatch.setattr(policy, "begin", began)
     play("darkroom", [[2, 2], [8, 6]], policy, 4)
     assert [*seen[1:], set(lengths)] == [{length} for length in want]
+
+
+@torch.no_grad()
+def test_algorithm4_of_pools_reads_the_best_episode_or_all_that_was_seen():
+    """Task by task: one that has found a reward, and one that has not."""
+    tiny = method("last", toys.ROOM, prompt="all", pooled=2, prompt_length=10, token_shift=True)
+    policy, steps = tiny.policy(tiny.cfg.play), toys.ROOM.horizon
+    rng = torch.Generator().manual_seed(0)
+    history = []
+    for rewarded in (1, 4, 2):
+        states = torch.randint(3, (2, steps, 2), generator=rng)
+        rewards = torch.zeros(2, steps)
+        rewards[0, :rewarded] = 1
+        history.append(Prompt(states, torch.randint(5, (2, steps), generator=rng), rewards))
+    policy.begin(history, 2)
+    query = torch.tensor([[1, 2], [2, 0]])
+    got = policy.predict(query, slice(None))
+    best, past = history[1], concatenate(history)
+    # by hand: from the newest on, the first step of a state that has not come yet; then the rest
+    newest = list({tuple(past.states[1, t].tolist()): t for t in range(3 * steps)}.values())
+    rest = [t for t in reversed(range(3 * steps)) if t not in newest]
+    keep = sorted([*newest, *rest][:steps])
+    assert len(newest) <= steps and len(keep) == steps
+    want = [
+        policy.model(toys.ask(cut(best, steps), query[:, None])).action[0, -1],
+        policy.model(
+            toys.ask(
+                Prompt(past.states[:, keep], past.actions[:, keep], past.rewards[:, keep]),
+                query[:, None],
+            )
+        ).action[1, -1],
+    ]
+    near(got, torch.stack(want))
 
 
 @pytest.mark.parametrize("first", ["policy", "random"])
