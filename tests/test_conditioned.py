@@ -13,14 +13,14 @@ from conftest import at_home
 from test_sac import GOALS, SMALL, Stop, Watched, contents, stopping
 
 from collect import collect, dataset_folder
-from config import Teachers
+from config import Collection, Data, Teachers, Work
 from data import load_dataset
 from envs import Family, make_batch, sample_tasks
 from families.locomotion import CHEETAH_VEL
 from families.point_robot import POINT_ROBOT
 from teachers.conditioned import ConditionedSAC, together
 from teachers.rollouts import Policies, load_policies
-from teachers.sac import Replay, mlp, separate, train_sac
+from teachers.sac import Replay, SACConfig, mlp, separate, train_sac
 from teachers.teachers import groups_of, teachers_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,7 +238,38 @@ def test_which_tasks_are_held_out_is_part_of_the_folders_name(tmp_path):
     assert len(names) == 2 and all("-one-" in name for name in names)
 
 
-def test_ppo_has_no_such_teacher(tmp_path):
-    for teacher in ("one", "siblings"):
-        with pytest.raises(ValueError, match=f"trained by PPO, which has no --teacher {teacher}"):
-            groups_of("reach", Teachers(teacher=teacher), [[0.0, 0.8, 0.2]], tmp_path)
+def test_ppos_families_have_one_teacher_too_and_it_is_sac(tmp_path):
+    """What only SAC has may then be set; siblings stay SAC's."""
+    tasks = [[0.0, 0.8, 0.2], [0.1, 0.8, 0.2], [0.1, 0.9, 0.2]]
+    settings = Teachers(teacher="one", teacher_alpha=0.1)
+    (group,) = groups_of("reach", settings, tasks, tmp_path, train=2)
+    assert isinstance(group.trained_by, SACConfig) and group.trained_by.alpha == 0.1
+    assert (group.tasks, group.played, group.trained_by.save_every % 100) == (tasks, 2, 0)
+    for settings, wrong in (
+        (Teachers(teacher="siblings"), "trained by PPO, which has no --teacher siblings"),
+        (Teachers(teacher_alpha=0.1), "trained by PPO, which has no --teacher-alpha"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            groups_of("reach", settings, tasks, tmp_path)
+
+
+def test_one_teacher_of_reach_labels_with_its_mean_action(tmp_path):
+    """PPO's labels are the behaviour's own actions; SAC's are not, also where PPO is the rule."""
+    cfg = Collection(
+        Data(
+            env="reach", recipe="explore", train_tasks=3, test_tasks=1, data_episodes=5,
+            data_queries=20, datasets=str(tmp_path),
+        ),
+        Teachers(
+            teacher="one", teacher_steps=200, teacher_save_every=100, teacher_warmup=100,
+            teacher_hidden=8, teacher_batch=8,
+        ),
+        Work(workers=1),
+    )  # fmt: skip
+    collect(cfg, quiet=True)
+    data = load_dataset(dataset_folder(cfg))
+    (group,) = (tmp_path / "teachers").glob("reach-one-*/group-*")
+    for i in range(3):
+        policies = [load_policies(group, [s], i) for s in (100, 200)]
+        means = [policy.act(data.query_states[i][None])[0] for policy in policies]
+        assert min((mean - data.query_actions[i]).abs().max() for mean in means) < 1e-5
