@@ -13,15 +13,15 @@ from conftest import at_home
 from test_sac import GOALS, SMALL, Stop, Watched, contents, stopping
 
 from collect import collect, dataset_folder
-from config import Collection, Data, Teachers, Work
+from config import Data, Teachers
 from data import load_dataset
 from envs import Family, make_batch, sample_tasks
 from families.locomotion import CHEETAH_VEL
 from families.point_robot import POINT_ROBOT
 from teachers.conditioned import ConditionedSAC, together
-from teachers.rollouts import Policies, load_policies
+from teachers.rollouts import Behaviour, Policies, load_policies, make_part, parts_of
 from teachers.sac import Replay, SACConfig, mlp, separate, train_sac
-from teachers.teachers import groups_of, teachers_folder
+from teachers.teachers import groups_of, teachers_folder, train_policies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -255,21 +255,18 @@ def test_ppos_families_have_one_teacher_too_and_it_is_sac(tmp_path):
 
 def test_one_teacher_of_reach_labels_with_its_mean_action(tmp_path):
     """PPO's labels are the behaviour's own actions; SAC's are not, also where PPO is the rule."""
-    cfg = Collection(
-        Data(
-            env="reach", recipe="explore", train_tasks=3, test_tasks=1, data_episodes=5,
-            data_queries=20, datasets=str(tmp_path),
-        ),
-        Teachers(
-            teacher="one", teacher_steps=200, teacher_save_every=100, teacher_warmup=100,
-            teacher_hidden=8, teacher_batch=8,
-        ),
-        Work(workers=1),
+    tasks, path = [[0.0, 0.8, 0.2], [0.1, 0.9, 0.1]], tmp_path / "task-000.npz"
+    settings = Teachers(
+        teacher="one", teacher_steps=200, teacher_save_every=100, teacher_warmup=100,
+        teacher_hidden=8, teacher_batch=8,
     )  # fmt: skip
-    collect(cfg, quiet=True)
-    data = load_dataset(dataset_folder(cfg))
-    (group,) = (tmp_path / "teachers").glob("reach-one-*/group-*")
-    for i in range(3):
-        policies = [load_policies(group, [s], i) for s in (100, 200)]
-        means = [policy.act(data.query_states[i][None])[0] for policy in policies]
-        assert min((mean - data.query_actions[i]).abs().max() for mean in means) < 1e-5
+    (group,) = groups_of("reach", settings, tasks, tmp_path)
+    train_policies(group, lambda: None)
+    behaviour = Behaviour(group.folder, 1, [100, 200], 200)
+    data = Data(env="reach", data_episodes=5, data_queries=40)
+    (part,) = parts_of(data, tasks[1:], [behaviour], [path])
+    make_part(part, lambda: None)
+    with np.load(path) as file:
+        states, labels = torch.from_numpy(file["query_states"]), file["query_actions"]
+    best = load_policies(tmp_path / "group-000", [200], 1)
+    np.testing.assert_allclose(best.act(states[None])[0], labels, atol=1e-6)
