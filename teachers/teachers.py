@@ -268,19 +268,15 @@ class TrainedTeachers:
     def chosen(self, quality: str, task: int) -> tuple[np.ndarray, int]:
         """Indices of the checkpoints that make a task's data, and of the one that labels.
 
-        A task none of whose checkpoints is below the quality's level gets its lowest. Of one
-        teacher one checkpoint, the best of all training tasks', labels for all: what is equally
-        good it does in another way at every stage, and tasks would be told apart by that.
+        A task none of whose checkpoints is below the quality's level gets its lowest.
         """
-        group, _ = self.place(task)
-        alike = slice(group.played) if group.teacher == "one" else slice(task, task + 1)
         allowed = []
-        for returns, tasks in ((self.sampled, slice(task, task + 1)), (self.mean, alike)):
-            level = self.level(returns)[:, tasks].mean(1)
+        for returns in (self.sampled, self.mean):
+            level = self.level(returns)[:, task]
             below = np.flatnonzero(level < LEVEL[quality])
             allowed.append(below if len(below) else np.array([level.argmin()]))
         behaviour, labels = allowed
-        return behaviour, int(labels[self.mean[labels, alike].mean(1).argmax()])
+        return behaviour, int(labels[self.mean[labels, task].argmax()])
 
     def behaviour(self, quality: str, task: int) -> Behaviour:
         """The files of the checkpoints that `chosen` names."""

@@ -430,16 +430,6 @@ def test_checkpoints_of_a_quality(known, quality, task, behaviour, label):
     assert (found.tolist(), labels) == (behaviour, label)
 
 
-def test_one_checkpoint_of_one_teacher_labels_for_all(known):
-    """The best of the tasks that it played, on average: -8 at the third, which is no task's own."""
-    known.mean[:, :2] = [[-30, -30], [-7, -10], [-8, -8], [-10, -7]]
-    known.mean[0, 2] = 0  # held out: not asked
-    together = replace(known.groups[0], tasks=["a", "b", "c"], teacher="one", played=2)
-    one = replace(known, groups=[together])
-    assert [one.chosen("mixed", task)[1] for task in range(3)] == [2, 2, 2]
-    assert [known.chosen("mixed", task)[1] for task in range(3)] == [1, 3, 0]
-
-
 def test_place_of_a_task(known):
     assert [(group.folder, row) for group, row in map(known.place, range(3))] == [
         ("first", 0), ("first", 1), ("second", 0),
