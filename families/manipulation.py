@@ -308,6 +308,11 @@ REACH = Family(
     batch=BatchedReach,
     sample_tasks=sample_reach_goals,
     reward=reach_reward,
+    # Hand and puck are at most decimetres from where they start, and centimetres decide.
+    state_units=(
+        (0.0, 0.6, 0.2, 0.5, 0.0, 0.6, 0.02, *[0.0] * 11),
+        (0.1, 0.1, 0.1, 0.5, 0.1, 0.1, 0.1, *[1.0] * 11),
+    ),
     reward_scale=10.0,
     can_succeed=True,
     teacher="ppo",

@@ -30,18 +30,23 @@ TASKS = [[0.5, 1.0], [-1.0, 3.0], [2.0, 0.0], [7.0, -7.0]]  # the last is held o
 SEED = (3, 0)
 
 
-def agent(reward=None, tasks=TASKS, batch=400) -> ConditionedSAC:
+UNITS = ((0.5, -1.0, 3.0), (0.1, 2.0, 1.0))
+
+
+def agent(reward=None, tasks=TASKS, batch=400, units=None) -> ConditionedSAC:
     cfg = replace(SMALL, batch=batch)
-    return ConditionedSAC(torch.tensor(tasks), 3, DS, DA, cfg, seed=1, reward=reward)
+    return ConditionedSAC(torch.tensor(tasks), 3, DS, DA, cfg, seed=1, reward=reward, units=units)
 
 
 # ------------------------------------------------------------------------------------------ folding
-def test_folded_policies_are_the_conditioned_one():
+@pytest.mark.parametrize("units", [None, UNITS])
+def test_folded_policies_are_the_conditioned_one(units):
     """For every task, also the one that is not played, at states of its own."""
-    one, states = agent(), torch.randn(4, 5, DS)
+    one, states = agent(units=units), torch.randn(4, 5, DS)
     trained = torch.tensor(TASKS)[:3]
     coded = (torch.tensor(TASKS) - trained.mean(0)) / trained.std(0, correction=0)
-    reading = torch.cat([states, coded[:, None].expand(-1, 5, -1)], -1)
+    centre, unit = torch.tensor(units or ((0.0,) * DS, (1.0,) * DS))
+    reading = torch.cat([(states - centre) / unit, coded[:, None].expand(-1, 5, -1)], -1)
     want = torch.stack([mlp(one.actor, rows[None])[0] for rows in reading])[..., :DA].tanh()
     policies = one.policies()
     assert policies["w0"].shape == (4, DS, SMALL.hidden)
@@ -50,6 +55,23 @@ def test_folded_policies_are_the_conditioned_one():
     assert (
         got[0] - Policies("sac", {k: v[1:2] for k, v in policies.items()}).act(states[:1])
     ).any()
+
+
+def test_networks_read_states_in_the_familys_units(monkeypatch):
+    """In play as in updates, of both states."""
+    plain, one = agent(), agent(units=UNITS)
+    for before, after in zip(
+        learned(plain, filled(more=False), monkeypatch),
+        learned(one, filled(more=False), monkeypatch),
+        strict=True,
+    ):
+        if before.shape[-1] == DS + DT:
+            centre, unit = torch.tensor(UNITS)
+            before = torch.cat([(before[..., :DS] - centre) / unit, before[..., DS:]], -1)
+        torch.testing.assert_close(after, before)
+    states, rngs = torch.randn(3, DS), [torch.Generator().manual_seed(0) for _ in range(2)]
+    want = plain.act((states - torch.tensor(UNITS[0])) / torch.tensor(UNITS[1]), rngs[0])
+    torch.testing.assert_close(one.act(states, rngs[1]), want)
 
 
 def test_a_number_that_never_varies_is_no_division_by_zero():
