@@ -104,6 +104,9 @@ class Family:
     # (outcomes (..., m), tasks (..., n)) -> rewards (...), in operators that NumPy's arrays and
     # torch's share: what the same step would have earned in another task (--teacher one)
     reward: Callable[..., Any] | None = None
+    # (centre, unit) of each number of a state: one teacher's network reads (state - centre) / unit.
+    # None: the states as they are
+    state_units: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     ceiling: Callable[..., Any] | None = None  # (memory, seed) -> the best in-context policy
     divergence: Callable[..., tuple] | None = None  # (prompt, states, log_policy), from that policy
 

@@ -39,7 +39,8 @@ from envs import Family, check_task
 
 # Lowest and highest corner of the goals: the library's `goal_space`.
 REACH_GOALS = ((-0.1, 0.8, 0.05), (0.1, 0.9, 0.3))
-PUSH_GOALS = ((-0.1, 0.8), (0.1, 0.9))  # without z, which the library takes from the puck
+PUSH_GOALS = ((-0.1, 0.8), (0.1, 0.9))  # without z, which is that of the puck at the start
+FULL = 10.0  # reward of a step that ends in success, and of no other
 # All that the future depends on, the solver's warm start included.
 STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
@@ -74,12 +75,39 @@ def quaternion(matrix) -> tuple[float, float, float, float]:
     return x / norm, y / norm, z / norm, w / norm
 
 
+# ------------------------------------------------------ what a step earns, in whichever task it was
+def near(gap, margin):
+    """`long_tail` of distances to a goal, arrays: 1 up to 5 cm, 0.1 at `margin` from there."""
+    return 1 / (((gap - 0.05).clip(0) / margin * 3.0) ** 2 + 1)
+
+
+def reach_reward(outcome, tasks):
+    """Where the fingers are (..., 3), goals (..., 3) -> (...)."""
+    gap = ((outcome - tasks) ** 2).sum(-1) ** 0.5
+    x, y, z = tasks[..., 0], tasks[..., 1] - 0.6, tasks[..., 2] - 0.2  # from the hand's start
+    return FULL * near(gap, (x**2 + y**2 + z**2) ** 0.5)
+
+
+def push_reward(outcome, tasks):
+    """Outcomes (..., 5), goals (..., 2) -> (...).
+
+    An outcome is how far the puck is from its start (3), what the fingers' grasp earns, and whether
+    (1 or 0) the puck is held: only then its way to the goal counts.
+    """
+    held, grasp = outcome[..., 4], outcome[..., 3]
+    x, y = tasks[..., 0], tasks[..., 1] - 0.6  # of the goal, from the puck's start
+    off = (outcome[..., 0] - x) ** 2 + (outcome[..., 1] - y) ** 2 + outcome[..., 2] ** 2
+    gap, margin = off**0.5, (x**2 + y**2) ** 0.5
+    there = gap < 0.05
+    return FULL * there + ~there * (grasp + held * (1.0 + grasp + 5.0 * near(gap, margin)))
+
+
 # ----------------------------------------------------------------------------------------- one task
 class Manipulation(SawyerXYZEnv):
     """What Reach and Push share; comes before the library's class in their bases."""
 
     def __init__(self, family: Family, task, render_mode: str | None = None):
-        self.task = check_task(family, task)
+        self.family, self.task = family, check_task(family, task)
         super().__init__(render_mode=render_mode)
         model, data = self.model, self.data
         whole = self.observation_space
@@ -100,8 +128,7 @@ class Manipulation(SawyerXYZEnv):
         self._left_finger = data.site("leftEndEffector").xpos
         self._puck_matrix = data.geom("objGeom").xmat
         self._mocap, self._ctrl = data.mocap_pos[0], data.ctrl
-        self._target, self._puck_start = self._target_pos.tolist(), self.obj_init_pos.tolist()
-        self._hand_start, self._tcp_start = self.hand_init_pos.tolist(), self.init_tcp.tolist()
+        self._puck_start, self._tcp_start = self.obj_init_pos.tolist(), self.init_tcp.tolist()
         self._start = self._save(np.empty(mujoco.mj_stateSize(model, STATE)))
 
     def _save(self, state: np.ndarray) -> np.ndarray:
@@ -129,8 +156,9 @@ class Manipulation(SawyerXYZEnv):
         command = self._commands(action)
         self._advance(*command)
         observation = self._observe()
-        reward, success = self._score(observation, command[3], self._target)
-        return np.array(observation), reward, False, False, {"success": float(success)}
+        outcome = np.array(self._outcome(observation, command[3]))
+        reward = float(self.family.reward(outcome, np.array(self.task)))
+        return np.array(observation), reward, False, False, {"success": float(reward == FULL)}
 
     def _commands(self, actions) -> list:
         """Clipped actions (..., 4), the first three in metres; float32 as in the library."""
@@ -161,6 +189,10 @@ class Manipulation(SawyerXYZEnv):
             *[0.0] * 7,
         ]
 
+    def _outcome(self, observation: list[float], grip: float) -> list[float]:
+        """All that the reward needs of a step beside the goal."""
+        raise NotImplementedError
+
     def _tcp(self) -> list[float]:
         """The point between the fingers."""
         fingers = zip(self._right_finger.tolist(), self._left_finger.tolist(), strict=True)
@@ -176,11 +208,8 @@ class Reach(Manipulation, SawyerReachEnvV3):
     def __init__(self, task=(0.0, 0.85, 0.175), render_mode: str | None = None):
         super().__init__(REACH, task, render_mode)
 
-    def _score(
-        self, observation: list[float], grip: float, goal: list[float]
-    ) -> tuple[float, bool]:
-        gap = distance(self._tcp(), goal)
-        return 10 * long_tail(gap, 0, 0.05, distance(self._hand_start, goal)), gap <= 0.05
+    def _outcome(self, observation: list[float], grip: float) -> list[float]:
+        return self._tcp()
 
 
 class Push(Manipulation, SawyerPushEnvV3):
@@ -191,11 +220,8 @@ class Push(Manipulation, SawyerPushEnvV3):
     def __init__(self, task=(0.0, 0.85), render_mode: str | None = None):
         super().__init__(PUSH, task, render_mode)
 
-    def _score(
-        self, observation: list[float], grip: float, goal: list[float]
-    ) -> tuple[float, bool]:
+    def _outcome(self, observation: list[float], grip: float) -> list[float]:
         tcp, puck, start = self._tcp(), observation[4:7], self._puck_start
-        gap = distance(puck, goal)
         # Caging: both pads beside the puck along y, the fingers above it in the x-z plane; and then
         # closing.
         beside = [
@@ -205,12 +231,10 @@ class Push(Manipulation, SawyerPushEnvV3):
         above_margin = distance(start[::2], self._tcp_start[::2]) - 0.005
         above = long_tail(distance(tcp[::2], puck[::2]), 0, 0.005, above_margin)
         caging = hamacher_product(hamacher_product(*beside), above)
-        # float32 as in the library: its rounding shows
-        closing = max(0, np.float32(grip)) if caging > 0.97 else 0.0
-        reward = hamacher_product(caging, closing) + caging
-        if distance(puck, tcp) < 0.02 and observation[3] > 0:
-            reward += 1.0 + reward + 5.0 * long_tail(gap, 0, 0.05, distance(start, goal))
-        return (10.0 if gap < 0.05 else float(reward)), gap <= 0.05
+        closing = max(0.0, grip) if caging > 0.97 else 0.0
+        grasp = hamacher_product(caging, closing) + caging
+        held = distance(puck, tcp) < 0.02 and observation[3] > 0
+        return [*(p - q for p, q in zip(puck, start, strict=True)), grasp, float(held)]
 
 
 # --------------------------------------------------------------------------------------- many tasks
@@ -222,15 +246,14 @@ class BatchedManipulation:
 
     One simulator serves all rows in turn; a row is the 276 numbers of its state. To load and save
     them takes a fiftieth of a step, while a simulator for every row would reserve 15 MB. Physics is
-    nine tenths of a step, so observations and rewards stay those of the single task, row by row.
+    nine tenths of a step, so observations stay those of the single task, row by row.
     """
 
     single: type[Reach | Push]
 
     def __init__(self, tasks, seed: int = 0):
         self.simulator = self.single(tasks[0])
-        z = self.simulator._target[2:]  # Push: that of the puck
-        self.goals = [[float(v) for v in (*task, *z)][:3] for task in tasks]
+        self.goals = np.array(tasks, float)
         self.rows = np.empty((len(tasks), self.simulator._start.size))
         self.reset()
 
@@ -240,18 +263,18 @@ class BatchedManipulation:
         return np.tile(self.simulator.reset()[0].astype(np.float32), (len(self.rows), 1))
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        env, states, rewards = self.simulator, [], []
-        for i, (row, command, goal) in enumerate(
-            zip(self.rows, env._commands(actions), self.goals, strict=True)
-        ):
+        env, states, outcomes = self.simulator, [], []
+        for row, command in zip(self.rows, env._commands(actions), strict=True):
             env._load(row)
             env._advance(*command)
             env._save(row)
             states.append(env._observe())
-            reward, success = env._score(states[i], command[3], goal)
-            rewards.append(reward)
-            self.success[i] |= success
-        return np.array(states, np.float32), np.array(rewards, np.float32)
+            outcomes.append(env._outcome(states[-1], command[3]))
+        outcome = np.array(outcomes)
+        rewards = env.family.reward(outcome, self.goals)
+        self.success |= rewards == FULL
+        self.outcome = outcome.astype(np.float32)
+        return np.array(states, np.float32), rewards.astype(np.float32)
 
 
 class BatchedReach(BatchedManipulation):
@@ -284,6 +307,12 @@ REACH = Family(
     task_high=REACH_GOALS[1],
     batch=BatchedReach,
     sample_tasks=sample_reach_goals,
+    reward=reach_reward,
+    # Hand and puck are at most decimetres from where they start, and centimetres decide.
+    state_units=(
+        (0.0, 0.6, 0.2, 0.5, 0.0, 0.6, 0.02, *[0.0] * 11),
+        (0.1, 0.1, 0.1, 0.5, 0.1, 0.1, 0.1, *[1.0] * 11),
+    ),
     reward_scale=10.0,
     can_succeed=True,
     teacher="ppo",
@@ -298,6 +327,7 @@ PUSH = replace(
     task_high=PUSH_GOALS[1],
     batch=BatchedPush,
     sample_tasks=sample_push_goals,
+    reward=push_reward,
     gym_id="t2mir/Push-v0",
     paper_return={"T2MIR-AD": 665.8, "T2MIR-DPT": 633.2, "AD": 604.7, "DPT": 615.4},
 )

@@ -15,7 +15,8 @@ task more costs no training.
     drawn anew, and its reward with it (Andrychowicz et al. 2017, hindsight experience replay)
 
 In the first layer the task only adds a constant: (s, task) W + b = s W_s + (task W_task + b). With
-that sum for a bias, a task's policy is a network of the state, of the same shape as any other.
+that sum for a bias, a task's policy is a network of the state, of the same shape as any other. The
+units in which the networks read states (`Family.state_units`) go into W_s and b in the same way.
 Roll-outs, levels and datasets need not know. No observation ever holds the task.
 
 Tasks that are not played, the held-out ones, get their policies by the same sum: the teacher is
@@ -41,7 +42,7 @@ RELABELLED = 0.5  # of a sample's rows, where the family has a `reward`
 class ConditionedSAC(StackedSAC):
     """A stack of one agent, whose states are (state, task). The first n of N tasks are played.
 
-    `tasks` (N, dt); `reward`: the family's, or None.
+    `tasks` (N, dt); `reward` and `units`: the family's `reward` and `state_units`, or None.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class ConditionedSAC(StackedSAC):
         seed: int,
         device="cpu",
         reward: Callable[[Tensor, Tensor], Tensor] | None = None,
+        units: tuple | None = None,
     ):
         super().__init__(1, ds + tasks.shape[1], da, cfg, seed, device)
         self.ds, self.played, self.reward = ds, n, reward
         self.drawn = n  # every task explores by itself
+        self.centre, self.unit = torch.tensor(units or ([0.0] * ds, [1.0] * ds), device=device)
         self.tasks = tasks.to(device)
         # What the networks read of a task: numbers of about unit size, by the training tasks' own.
         trained = self.tasks[:n]
@@ -68,8 +71,12 @@ class ConditionedSAC(StackedSAC):
     def act(self, states: Tensor, rng: torch.Generator) -> Tensor:
         """Sampled actions (n, da) for states (n, ds) of the n tasks."""
         noise = torch.randn(1, self.played, self.da, generator=rng, device=states.device)
-        x = torch.cat([states, self.coded[: self.played]], -1)[None]  # a batch of n for the one
+        x = self.read(states, self.coded[: self.played])[None]  # a batch of n for the one
         return squashed(mlp(self.actor, x), noise)[0][0]
+
+    def read(self, states: Tensor, coded: Tensor) -> Tensor:
+        """What the networks read: (B, ds), (B, dt) -> (B, ds + dt)."""
+        return torch.cat([(states - self.centre) / self.unit, coded], -1)
 
     def learn(self, replay: Replay, rng: torch.Generator) -> None:
         """An update from B steps of all tasks, with the rewards of the tasks that they are for."""
@@ -85,17 +92,22 @@ class ConditionedSAC(StackedSAC):
             # The rewards of all rows: for a step's own task it is the reward that it had.
             r = self.reward(outcome[0], self.tasks[task])
         coded = self.coded[task]
-        s, s2 = torch.cat([s, coded], -1), torch.cat([s2, coded], -1)
+        s, s2 = self.read(s, coded), self.read(s2, coded)
         noise = torch.randn((2, 1, *rows, self.da), generator=rng, device=device)
         self.update(s[None], a[None], r[None], s2[None], noise)
 
     def policies(self) -> dict[str, Tensor]:
-        """N networks of the state: the task's part of the first layer becomes part of its bias."""
+        """N networks of the state: the task's part of the first layer becomes part of its bias.
+
+        And so does the states' centre; their unit becomes part of the weights.
+        """
         weights = dict(zip(WEIGHTS, (weight.detach() for weight in self.actor), strict=True))
         first, n = weights["w0"], len(self.coded)
         folded = {name: weight.expand(n, -1, -1) for name, weight in weights.items()}
-        folded["w0"] = first[:, : self.ds].expand(n, -1, -1)  # (N, ds, hidden)
-        folded["b0"] = weights["b0"] + (self.coded @ first[0, self.ds :])[:, None]  # (N, 1, hidden)
+        states = first[:, : self.ds] / self.unit[:, None]  # (1, ds, hidden)
+        constant = self.coded @ first[0, self.ds :] - self.centre @ states[0]  # (N, hidden)
+        folded["w0"] = states.expand(n, -1, -1)  # (N, ds, hidden)
+        folded["b0"] = weights["b0"] + constant[:, None]  # (N, 1, hidden)
         return {name: weight.contiguous() for name, weight in folded.items()}
 
 
@@ -106,7 +118,7 @@ def together(
     family, n = batch.family, len(batch.reset())
     sizes = family.state_dim, family.action_dim
     numbers = torch.tensor(tasks, dtype=torch.float32)
-    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, family.reward)
+    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, family.reward, family.state_units)
     more = {}
     if family.reward is not None:
         batch.step(np.zeros((n, sizes[1]), np.float32))  # any step: an outcome to know its shape

@@ -297,9 +297,9 @@ def label_queries(
     # no step twice while there are enough of them
     pick = rng.choice(steps, part.queries, replace=part.queries > steps)
     queries = states.reshape(steps, -1)[pick]
-    if family.teacher == "ppo" and not family.discrete_actions:  # App. D.2, Reach and Push
+    best = load_policies(Path(part.behaviour.folder), [part.behaviour.label], part.behaviour.row)
+    if best.kind == "ppo":  # App. D.2, Reach and Push
         return queries, actions.reshape(steps, -1)[pick]
     # Algorithm 3, line 3: a* of the teacher at the quality's level, without noise
-    best = load_policies(Path(part.behaviour.folder), [part.behaviour.label], part.behaviour.row)
     with torch.inference_mode():
         return queries, best.act(network_input(family, queries)[None])[0].numpy()

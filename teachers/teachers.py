@@ -76,22 +76,28 @@ LEVEL_EPISODES = 5  # k, of each task, to measure a checkpoint
 
 
 # ------------------------------------------------------------------------------------ settings
-def default_algorithm(env: str) -> SACConfig | PPOConfig:
-    """A family's row of Table 2 or 3; for a family of the user's, a small one of 40 checkpoints.
+def default_algorithm(env: str, teacher: Whose = "each") -> SACConfig | PPOConfig:
+    """A family's row of Table 2 or 3; where they have none, a small one of 40 checkpoints.
 
-    Raises ValueError for a grid that SAC should learn: its networks read numbers.
+    One teacher is always SAC. Raises ValueError for a grid that SAC should learn, or for discrete
+    actions: its networks read and write numbers.
     """
-    if env in PAPER:
-        return PAPER[env]
     family = get_family(env)
     horizon = family.horizon
-    if family.teacher == "ppo":  # 400 episodes, 10 a rollout, 5 minibatches
+    kind = PPOConfig if family.teacher == "ppo" and teacher != "one" else SACConfig
+    if isinstance(PAPER.get(env), kind):
+        return PAPER[env]
+    if kind is PPOConfig:  # 400 episodes, 10 a rollout, 5 minibatches
         rollout_steps = 10 * horizon
         return PPOConfig(
             40 * rollout_steps, rollout_steps, batch=2 * horizon, save_every=rollout_steps
         )
-    if family.state_values:
-        raise ValueError(f"{env}: SAC needs continuous states; a grid's teacher can be ppo")
+    if family.state_values or family.discrete_actions:
+        raise ValueError(
+            f"{env}: SAC (--teacher one) needs continuous states and actions"
+            if teacher == "one"
+            else f"{env}: SAC needs continuous states; a grid's teacher can be ppo"
+        )
     steps = 200 * horizon  # 200 episodes, a checkpoint after every 5
     return SACConfig(steps, 5 * horizon, 5 * horizon, hidden=64, replay=steps)
 
@@ -102,7 +108,7 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
     Raises ValueError with one line for a setting that the family's algorithm does not have, or
     that cannot be.
     """
-    base, horizon = default_algorithm(env), get_family(env).horizon
+    base, horizon = default_algorithm(env, settings.teacher), get_family(env).horizon
     names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")
     given = {name: getattr(settings, f"teacher_{name}") for name in names}
     given = {name: value for name, value in given.items() if value}  # 0: the table's

@@ -13,15 +13,15 @@ from conftest import at_home
 from test_sac import GOALS, SMALL, Stop, Watched, contents, stopping
 
 from collect import collect, dataset_folder
-from config import Teachers
+from config import Data, Teachers
 from data import load_dataset
 from envs import Family, make_batch, sample_tasks
 from families.locomotion import CHEETAH_VEL
 from families.point_robot import POINT_ROBOT
 from teachers.conditioned import ConditionedSAC, together
-from teachers.rollouts import Policies, load_policies
-from teachers.sac import Replay, mlp, separate, train_sac
-from teachers.teachers import groups_of, teachers_folder
+from teachers.rollouts import Behaviour, Policies, load_policies, make_part, parts_of
+from teachers.sac import Replay, SACConfig, mlp, separate, train_sac
+from teachers.teachers import groups_of, teachers_folder, train_policies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,18 +30,23 @@ TASKS = [[0.5, 1.0], [-1.0, 3.0], [2.0, 0.0], [7.0, -7.0]]  # the last is held o
 SEED = (3, 0)
 
 
-def agent(reward=None, tasks=TASKS, batch=400) -> ConditionedSAC:
+UNITS = ((0.5, -1.0, 3.0), (0.1, 2.0, 1.0))
+
+
+def agent(reward=None, tasks=TASKS, batch=400, units=None) -> ConditionedSAC:
     cfg = replace(SMALL, batch=batch)
-    return ConditionedSAC(torch.tensor(tasks), 3, DS, DA, cfg, seed=1, reward=reward)
+    return ConditionedSAC(torch.tensor(tasks), 3, DS, DA, cfg, seed=1, reward=reward, units=units)
 
 
 # ------------------------------------------------------------------------------------------ folding
-def test_folded_policies_are_the_conditioned_one():
+@pytest.mark.parametrize("units", [None, UNITS])
+def test_folded_policies_are_the_conditioned_one(units):
     """For every task, also the one that is not played, at states of its own."""
-    one, states = agent(), torch.randn(4, 5, DS)
+    one, states = agent(units=units), torch.randn(4, 5, DS)
     trained = torch.tensor(TASKS)[:3]
     coded = (torch.tensor(TASKS) - trained.mean(0)) / trained.std(0, correction=0)
-    reading = torch.cat([states, coded[:, None].expand(-1, 5, -1)], -1)
+    centre, unit = torch.tensor(units or ((0.0,) * DS, (1.0,) * DS))
+    reading = torch.cat([(states - centre) / unit, coded[:, None].expand(-1, 5, -1)], -1)
     want = torch.stack([mlp(one.actor, rows[None])[0] for rows in reading])[..., :DA].tanh()
     policies = one.policies()
     assert policies["w0"].shape == (4, DS, SMALL.hidden)
@@ -50,6 +55,23 @@ def test_folded_policies_are_the_conditioned_one():
     assert (
         got[0] - Policies("sac", {k: v[1:2] for k, v in policies.items()}).act(states[:1])
     ).any()
+
+
+def test_networks_read_states_in_the_familys_units(monkeypatch):
+    """In play as in updates, of both states."""
+    plain, one = agent(), agent(units=UNITS)
+    for before, after in zip(
+        learned(plain, filled(more=False), monkeypatch),
+        learned(one, filled(more=False), monkeypatch),
+        strict=True,
+    ):
+        if before.shape[-1] == DS + DT:
+            centre, unit = torch.tensor(UNITS)
+            before = torch.cat([(before[..., :DS] - centre) / unit, before[..., DS:]], -1)
+        torch.testing.assert_close(after, before)
+    states, rngs = torch.randn(3, DS), [torch.Generator().manual_seed(0) for _ in range(2)]
+    want = plain.act((states - torch.tensor(UNITS[0])) / torch.tensor(UNITS[1]), rngs[0])
+    torch.testing.assert_close(one.act(states, rngs[1]), want)
 
 
 def test_a_number_that_never_varies_is_no_division_by_zero():
@@ -238,7 +260,35 @@ def test_which_tasks_are_held_out_is_part_of_the_folders_name(tmp_path):
     assert len(names) == 2 and all("-one-" in name for name in names)
 
 
-def test_ppo_has_no_such_teacher(tmp_path):
-    for teacher in ("one", "siblings"):
-        with pytest.raises(ValueError, match=f"trained by PPO, which has no --teacher {teacher}"):
-            groups_of("reach", Teachers(teacher=teacher), [[0.0, 0.8, 0.2]], tmp_path)
+def test_ppos_families_have_one_teacher_too_and_it_is_sac(tmp_path):
+    """What only SAC has may then be set; siblings stay SAC's."""
+    tasks = [[0.0, 0.8, 0.2], [0.1, 0.8, 0.2], [0.1, 0.9, 0.2]]
+    settings = Teachers(teacher="one", teacher_alpha=0.1)
+    (group,) = groups_of("reach", settings, tasks, tmp_path, train=2)
+    assert isinstance(group.trained_by, SACConfig) and group.trained_by.alpha == 0.1
+    assert (group.tasks, group.played, group.trained_by.save_every % 100) == (tasks, 2, 0)
+    for settings, wrong in (
+        (Teachers(teacher="siblings"), "trained by PPO, which has no --teacher siblings"),
+        (Teachers(teacher_alpha=0.1), "trained by PPO, which has no --teacher-alpha"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            groups_of("reach", settings, tasks, tmp_path)
+
+
+def test_one_teacher_of_reach_labels_with_its_mean_action(tmp_path):
+    """PPO's labels are the behaviour's own actions; SAC's are not, also where PPO is the rule."""
+    tasks, path = [[0.0, 0.8, 0.2], [0.1, 0.9, 0.1]], tmp_path / "task-000.npz"
+    settings = Teachers(
+        teacher="one", teacher_steps=200, teacher_save_every=100, teacher_warmup=100,
+        teacher_hidden=8, teacher_batch=8,
+    )  # fmt: skip
+    (group,) = groups_of("reach", settings, tasks, tmp_path)
+    train_policies(group, lambda: None)
+    behaviour = Behaviour(group.folder, 1, [100, 200], 200)
+    data = Data(env="reach", data_episodes=5, data_queries=40)
+    (part,) = parts_of(data, tasks[1:], [behaviour], [path])
+    make_part(part, lambda: None)
+    with np.load(path) as file:
+        states, labels = torch.from_numpy(file["query_states"]), file["query_actions"]
+    best = load_policies(tmp_path / "group-000", [200], 1)
+    np.testing.assert_allclose(best.act(states[None])[0], labels, atol=1e-6)
