@@ -123,14 +123,13 @@ _CPU_LONG_AD = dict(steps=350, batch=8, episodes=15, history=2, eval_every=250)
 _CPU_LONG_DPT = dict(
     steps=600, batch=16, queries=32, episodes=10, eval_every=500, task_balance=0.003
 )
-# Recipes: a prompt by the task's own teachers gives the task away through its actions. `wander`
-# for AD, which imitates all it reads and cannot imitate random actions; `explore` for DPT, whose
-# labels are the teachers' whoever plays. A first episode at random sees more than the mean action.
-# AD imitates many behaviours at once: its head chooses one (components), and keeps to it for an
-# episode; a draw at every step mixes gaits, and their mean does not move.
+# Recipes: a prompt by the task's own teachers gives the task away through its actions. With
+# `explore` other tasks' teachers play most of a prompt; DPT's labels are the task's own whoever
+# plays, and AD imitates the task's best episodes alone (best): their mean is an action, that of all
+# behaviours is none. `wander` for an AD that imitates all it reads and cannot imitate random
+# actions. A first episode at random sees more than the mean action.
 _CPU_SAC_AD = _CPU_LONG_AD | dict(
-    recipe="wander", lr=1e-3, first="random", prompt_length=600, components=5,
-    component_every="episode",
+    recipe="explore", best=0.1, steps=700, batch=12, first="random", prompt_length=400, history=1,
 )
 _CPU_SAC_DPT = _CPU_LONG_DPT | dict(recipe="explore")
 CPU = {
@@ -159,7 +158,7 @@ CPU = {
     ("cheetah-vel-3cluster", "dpt"): _CPU_SAC_DPT,
     ("walker-param", "ad"): _CPU_SAC_AD,
     ("walker-param", "dpt"): _CPU_SAC_DPT,
-    ("reach", "ad"): _CPU_SAC_AD | dict(prompt_length=300),
+    ("reach", "ad"): _CPU_SAC_AD | dict(prompt_length=300, history=2),
     ("reach", "dpt"): _CPU_SAC_DPT,
     ("push", "ad"): _CPU_LONG_AD | dict(prompt_length=300),
     ("push", "dpt"): _CPU_LONG_DPT,
