@@ -22,7 +22,7 @@ of their task, where the paper imitates every episode of a history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class ADBatch:
 class ADSettings:
     """what AD imitates (Algorithm 1)"""
 
-    best: Share = 0.0
+    best: Share = field(default=0.0, metadata={"before": 0.0})
     """Imitate a prompt's last episode alone, one of this share of the task's best; 0: all of it."""
 
 

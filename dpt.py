@@ -30,7 +30,7 @@ prompt (`--queries`), and at test time the prompt's keys and values are computed
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -82,7 +82,7 @@ class DPTSettings:
     """With the query last: share of queries that see a random part of the prompt."""
     empty: Share = 0.0
     """With the query last: share of queries that see no prompt."""
-    pooled: FewOrNone = 0
+    pooled: FewOrNone = field(default=0, metadata={"before": 0})
     """Grids: every other prompt is what up to so many episodes without a reward have seen."""
 
 

@@ -159,7 +159,8 @@ CPU = {
     ("walker-param", "ad"): _CPU_SAC_AD,
     ("walker-param", "dpt"): _CPU_SAC_DPT,
     ("reach", "ad"): _CPU_SAC_AD | dict(prompt_length=300, history=2),
-    ("reach", "dpt"): _CPU_SAC_DPT,
+    # where the goal is must be read from rewards alone, which 600 steps do not learn
+    ("reach", "dpt"): _CPU_SAC_DPT | dict(steps=2000),
     ("push", "ad"): _CPU_LONG_AD | dict(prompt_length=300),
     ("push", "dpt"): _CPU_LONG_DPT,
 }
