@@ -302,19 +302,30 @@ def rows(batch, keep: slice):
     )
 
 
+def cell_ids(states: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """A grid's states (..., ds) as one number each (...); 10 x + y in DarkRoom."""
+    cell = torch.zeros_like(states[..., 0], dtype=torch.int64)
+    for axis, size in enumerate(sides):
+        cell = cell * size + states[..., axis]
+    return cell
+
+
+def steps_at(prompt: Prompt, place: Tensor) -> Prompt:
+    """Some steps of each row, by their places (B, k)."""
+    row = torch.arange(len(place))[:, None]
+    return Prompt(prompt.states[row, place], prompt.actions[row, place], prompt.rewards[row, place])
+
+
 def one_step_a_state(prompt: Prompt, sides: tuple[int, ...], length: int) -> Prompt:
     """`length` of a grid's steps (B, n >= length): the newest of each state, in the order of play.
 
     What is left over is filled with the newest of the other steps. `sides`: the values of each
     coordinate; a row with more states than `length` keeps those seen last.
     """
-    cell = torch.zeros_like(prompt.states[..., 0], dtype=torch.int64)  # (B, n) ids
-    for axis, size in enumerate(sides):
-        cell = cell * size + prompt.states[..., axis]
+    cell = cell_ids(prompt.states, sides)  # (B, n)
     b, n = cell.shape
     time = torch.arange(n).expand(b, n)
     newest = torch.full((b, math.prod(sides)), -1).scatter_reduce(1, cell, time, "amax")
     is_newest = newest.gather(1, cell) == time
     keep = (time + n * is_newest).topk(length, dim=1).indices.sort(dim=1).values  # (B, length)
-    row = torch.arange(b)[:, None]
-    return Prompt(prompt.states[row, keep], prompt.actions[row, keep], prompt.rewards[row, keep])
+    return steps_at(prompt, keep)

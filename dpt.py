@@ -43,11 +43,13 @@ from config import Config, FewOrNone, Play, Rows, Share
 from data import (
     Dataset,
     Prompt,
+    cell_ids,
     draw_episodes,
     draw_tasks,
     gather_prompt,
     model_dtype,
     one_step_a_state,
+    steps_at,
 )
 from envs import Family
 from methods import Method
@@ -198,7 +200,7 @@ def with_pools(
     count = 1 + (torch.rand(len(task), generator=rng) * most).long()
     count = torch.minimum(count, quiet.sum(1))
     # fewer than `most`: the first ones again, whose steps tell nothing new
-    place = torch.arange(most).expand(len(task), most) % count[:, None]
+    place = torch.arange(most) % count[:, None]  # (B, most)
     pool = gather_prompt(dataset, task, order.gather(1, place))  # (B, most * T)
     pool = one_step_a_state(pool, dataset.family.state_values or (), prompt.steps)
     return where(torch.rand(len(task), generator=rng) < 0.5, pool, prompt)
@@ -355,10 +357,8 @@ class DPTPolicy(ModelPolicy):
         steps = self.family.horizon
         episodes = past.rewards.unflatten(1, (-1, steps)).sum(-1)  # (N, L)
         best = steps * episodes.argmax(1, keepdim=True) + torch.arange(steps)  # (N, T)
-        row = torch.arange(len(best))[:, None]
-        kept = Prompt(past.states[row, best], past.actions[row, best], past.rewards[row, best])
         found = past.rewards.max(1).values > past.rewards.min(1).values
-        return where(found, kept, one_step_a_state(past, self.sides, steps))
+        return where(found, steps_at(past, best), one_step_a_state(past, self.sides, steps))
 
     def predict(self, states: Tensor, row: Tensor | slice) -> Tensor:
         """The model's output (M, A) for states (M, ds) of the tasks `row`."""
@@ -376,9 +376,7 @@ class DPTPolicy(ModelPolicy):
         """Line 7: a_t = pi(s_t, tau)."""
         if self.answers is None:
             return self.action(self.predict(states, slice(None)))
-        cell = torch.zeros(len(states), dtype=torch.int64)  # (N,) ids: 10 x + y in DarkRoom
-        for axis, size in enumerate(self.sides):
-            cell = cell * size + states[:, axis]
+        cell = cell_ids(states, self.sides)  # (N,)
         row = torch.arange(len(states))
         new = self.answers[row, cell, 0].isnan()
         if new.any():

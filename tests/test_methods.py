@@ -105,7 +105,7 @@ def test_a_setting_of_a_method_needs_only_its_declaration():
     assert isinstance(cfg.model, ModelSettings) and flat(cfg)["smoothing"] == 0.5
     with pytest.raises(ValueError, match="--smoothing -1"):  # its type has the bounds
         parse_config(["--backbone", FORK, "--smoothing=-1"])
-    assert not hasattr(parse_config(["--backbone", "ad"]).method, "smoothing")
+    assert parse_config(["--backbone", "ad"]).method == AD.Settings()
 
 
 def test_labels_are_the_columns_of_table_1():
