@@ -107,6 +107,8 @@ class Family:
     # (centre, unit) of each number of a state: one teacher's network reads (state - centre) / unit.
     # None: the states as they are
     state_units: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    # (states (N, ds), tasks (N, n)) -> actions (N, da) that solve them: one teacher's warm-up
+    demonstrate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     ceiling: Callable[..., Any] | None = None  # (memory, seed) -> the best in-context policy
     divergence: Callable[..., tuple] | None = None  # (prompt, states, log_policy), from that policy
 

@@ -95,9 +95,11 @@ CPU_DATA = {
         train_tasks=50, test_tasks=20, teacher_steps=10_000, teacher_save_every=1000,
         teacher_alpha=0.2,
     ),
-    # PPO, in whole rollouts of 2048 steps: 40 checkpoints
-    "push": dict(train_tasks=12, test_tasks=4, data_episodes=120, data_queries=4000,
-                 teacher_steps=163_840, teacher_save_every=4096),
+    # its warm-up is demonstrated: Family.demonstrate
+    "push": _CPU_SAC | dict(
+        train_tasks=50, test_tasks=20, teacher_steps=8000, teacher_save_every=500,
+        teacher_alpha=0.2,
+    ),
 }
 # Fewer, larger steps of a smaller network: lr 2e-3 instead of 3e-4 after a short warm-up, 8e-3 with
 # Muon, which leaves the plateau, where rewards are not read yet, in half of AdamW's steps; beta2
@@ -161,8 +163,8 @@ CPU = {
     ("reach", "ad"): _CPU_SAC_AD | dict(prompt_length=300, history=2),
     # where the goal is must be read from rewards alone, which 600 steps do not learn
     ("reach", "dpt"): _CPU_SAC_DPT | dict(steps=2000),
-    ("push", "ad"): _CPU_LONG_AD | dict(prompt_length=300),
-    ("push", "dpt"): _CPU_LONG_DPT,
+    ("push", "ad"): _CPU_SAC_AD | dict(prompt_length=300, history=2),
+    ("push", "dpt"): _CPU_SAC_DPT | dict(steps=2000),
 }
 # a family of the user's
 CPU_OWN = {

@@ -19,6 +19,10 @@ that sum for a bias, a task's policy is a network of the state, of the same shap
 units in which the networks read states (`Family.state_units`) go into W_s and b in the same way.
 Roll-outs, levels and datasets need not know. No observation ever holds the task.
 
+Where random actions earn nothing (Push: the puck must be grasped first), they are a warm-up in
+vain. A family that knows how its tasks are done (`Family.demonstrate`) plays that instead, with
+noise: these are steps of the replay as any other, never of a dataset.
+
 Tasks that are not played, the held-out ones, get their policies by the same sum: the teacher is
 asked for tasks that it has never seen.
 
@@ -37,12 +41,14 @@ from torch import Tensor
 from teachers.sac import WEIGHTS, Replay, SACConfig, StackedSAC, mlp, squashed
 
 RELABELLED = 0.5  # of a sample's rows, where the family has a `reward`
+DEMONSTRATION_NOISE = 0.5  # deviation of the last task's demonstrations; the first task's have none
 
 
 class ConditionedSAC(StackedSAC):
     """A stack of one agent, whose states are (state, task). The first n of N tasks are played.
 
-    `tasks` (N, dt); `reward` and `units`: the family's `reward` and `state_units`, or None.
+    `tasks` (N, dt); `reward`, `units`, `demonstrate`: the family's `reward`, `state_units` and
+    `demonstrate`, or None.
     """
 
     def __init__(
@@ -56,9 +62,10 @@ class ConditionedSAC(StackedSAC):
         device="cpu",
         reward: Callable[[Tensor, Tensor], Tensor] | None = None,
         units: tuple | None = None,
+        demonstrate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ):
         super().__init__(1, ds + tasks.shape[1], da, cfg, seed, device)
-        self.ds, self.played, self.reward = ds, n, reward
+        self.ds, self.played, self.reward, self.demonstrate = ds, n, reward, demonstrate
         self.drawn = n  # every task explores by itself
         self.centre, self.unit = torch.tensor(units or ([0.0] * ds, [1.0] * ds), device=device)
         self.tasks = tasks.to(device)
@@ -73,6 +80,17 @@ class ConditionedSAC(StackedSAC):
         noise = torch.randn(1, self.played, self.da, generator=rng, device=states.device)
         x = self.read(states, self.coded[: self.played])[None]  # a batch of n for the one
         return squashed(mlp(self.actor, x), noise)[0][0]
+
+    def look_around(self, states: Tensor, rng: torch.Generator) -> Tensor:
+        """Actions of the warm-up (n, da): demonstrations, or uniform in [-1, 1]."""
+        if self.demonstrate is None:
+            return super().look_around(states, rng)
+        shown = self.demonstrate(states.cpu().numpy(), self.tasks[: self.played].cpu().numpy())
+        # Exact repetitions would say nothing of what is around them: from task to task more noise.
+        deviation = torch.linspace(0, DEMONSTRATION_NOISE, self.played, device=states.device)
+        noise = torch.randn(self.played, self.da, generator=rng, device=states.device)
+        actions = torch.from_numpy(shown).to(states) + deviation[:, None] * noise
+        return actions.clamp(-1, 1)
 
     def read(self, states: Tensor, coded: Tensor) -> Tensor:
         """What the networks read: (B, ds), (B, dt) -> (B, ds + dt)."""
@@ -118,7 +136,8 @@ def together(
     family, n = batch.family, len(batch.reset())
     sizes = family.state_dim, family.action_dim
     numbers = torch.tensor(tasks, dtype=torch.float32)
-    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, family.reward, family.state_units)
+    known = family.reward, family.state_units, family.demonstrate
+    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, *known)
     more = {}
     if family.reward is not None:
         batch.step(np.zeros((n, sizes[1]), np.float32))  # any step: an outcome to know its shape

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -136,9 +137,15 @@ def network_input(family: Family, states: np.ndarray) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ episodes
+class Acts(Protocol):
+    """Whoever has an action for each of M x B inputs, as `Policies` has."""
+
+    def act(self, inputs: Tensor, rng: torch.Generator | None = None) -> Tensor: ...
+
+
 @torch.inference_mode()
 def rollout(
-    policies: Policies | None,
+    policies: Acts | None,
     env: str,
     tasks: list,
     episodes: int,

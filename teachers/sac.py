@@ -60,7 +60,7 @@ class SACConfig:
     """A row of Table 2; `hidden`, `batch` and `replay` are the official configuration's."""
 
     steps: int  # of the environment
-    warmup: int  # the first of them: random actions, no updates
+    warmup: int  # the first of them: random or demonstrated actions, no updates
     save_every: int  # steps between checkpoints, whole episodes
     lr: float = 3e-4
     tau: float = 0.005
@@ -145,6 +145,11 @@ class StackedSAC:
         noise = torch.randn(self.drawn, 1, self.da, generator=rng, device=states.device)
         # the middle axis is the batch of the stacked networks: one state each
         return squashed(mlp(self.actor, states[:, None]), noise)[0][:, 0]
+
+    def look_around(self, states: Tensor, rng: torch.Generator) -> Tensor:
+        """Actions of the warm-up (n, da): uniform in [-1, 1]."""
+        actions = 2 * torch.rand(self.drawn, self.da, generator=rng, device=states.device) - 1
+        return actions.expand(len(states), -1)
 
     def learn(self, replay: Replay, rng: torch.Generator) -> None:
         """An update from a sample of the replay."""
@@ -339,11 +344,8 @@ def play_and_learn(batch, agents: StackedSAC, replay: Replay, rng: torch.Generat
     states = torch.from_numpy(batch.reset()).to(device)
     total = torch.zeros(len(states), device=device)
     for _ in range(batch.family.horizon):
-        if replay.seen < cfg.warmup:  # look around first: uniform in [-1, 1]
-            actions = 2 * torch.rand(agents.drawn, agents.da, generator=rng, device=device) - 1
-            actions = actions.expand(len(states), -1)
-        else:
-            actions = agents.act(states, rng)
+        act = agents.look_around if replay.seen < cfg.warmup else agents.act
+        actions = act(states, rng)
         step = batch.step(actions.cpu().numpy())
         following, rewards = (torch.from_numpy(array).to(device) for array in step)
         more = [torch.from_numpy(getattr(batch, name)).to(device) for name in replay.more]

@@ -79,6 +79,30 @@ def test_a_number_that_never_varies_is_no_division_by_zero():
     assert one.coded.isfinite().all() and not one.coded[:, 1].any()
 
 
+def test_a_family_that_knows_how_demonstrates_the_warm_up(tmp_path):
+    """Noisier from task to task, the first exactly, none held out; then the agent acts."""
+    asked, done = [], []
+
+    def demonstrate(states, tasks):
+        asked.append(tasks)
+        return np.full((len(states), 2), 0.25, np.float32)
+
+    goals = [*GOALS, [0.1, 0.2], [0.3, 0.3]]  # the last is held out
+    batch = make_batch("point-robot", goals[:3])
+    batch.family = replace(POINT_ROBOT, demonstrate=demonstrate)
+    step = batch.step
+    batch.step = lambda actions: done.append(actions) or step(actions)
+    build = partial(together, tasks=goals)
+    train_sac(batch, replace(SMALL, steps=60, save_every=20), SEED, tmp_path, build=build)
+    assert len(asked) == SMALL.warmup and len(done) == 61  # and one that asks for its shape
+    assert all(np.array_equal(tasks, np.float32(goals[:3])) for tasks in asked)
+    warm, own = np.array(done[1 : SMALL.warmup + 1]), np.array(done[SMALL.warmup + 1 :])
+    assert (warm[:, 0] == 0.25).all() and (own[:, 0] != 0.25).all()
+    for task, deviation in ((1, 0.25), (2, 0.5)):
+        assert abs(warm[:, task].std() - deviation) < 0.3 * deviation
+    assert abs(warm).max() <= 1
+
+
 # -------------------------------------------------------------------------------------- relabelling
 def filled(more=True, steps=50) -> Replay:
     """Steps that tell where they are from: states (task, step, 0), outcome (task, step)."""

@@ -331,6 +331,23 @@ def test_a_step_earns_in_another_task_what_that_task_would_have_paid(single, bat
     assert seen >= {1, 7, 10} and len(seen) > 5
 
 
+def test_demonstrations_of_push_are_the_librarys_and_all_succeed():
+    """Warm-up of the one teacher: no warning, bounded, and the goal of each row its own."""
+    goals = sample_tasks("push", 6, np.random.default_rng(2))
+    batch = make_batch("push", goals)
+    states, total, demonstrate = batch.reset(), 0, get_family("push").demonstrate
+    for step in range(100):
+        with warnings.catch_warnings(action="error"):
+            actions = demonstrate(states, np.array(goals))
+        assert actions.shape == (6, 4) and actions.dtype == np.float32
+        if step % 20 == 0:
+            want = [scripted(Push, *row).clip(-1, 1) for row in zip(states, goals, strict=True)]
+            np.testing.assert_array_equal(actions, want)
+        states, rewards = batch.step(actions)
+        total = total + rewards
+    assert batch.success.all() and total.min() > 600, total
+
+
 def test_success_stays_until_the_reset():
     batch, away = BatchedReach(REACH[:2]), np.array([0, -1, 0, 0], np.float32)
     states = batch.reset()
