@@ -104,6 +104,7 @@ class Family:
     # (outcomes (..., m), tasks (..., n)) -> rewards (...), in operators that NumPy's arrays and
     # torch's share: what the same step would have earned in another task (--teacher one)
     reward: Callable[..., Any] | None = None
+    lesson: Callable[..., Any] | None = None  # likewise: what one teacher is paid in its place
     # (centre, unit) of each number of a state: one teacher's network reads (state - centre) / unit.
     # None: the states as they are
     state_units: tuple[tuple[float, ...], tuple[float, ...]] | None = None

@@ -21,7 +21,9 @@ Roll-outs, levels and datasets need not know. No observation ever holds the task
 
 Where random actions earn nothing (Push: the puck must be grasped first), they are a warm-up in
 vain. A family that knows how its tasks are done (`Family.demonstrate`) plays that instead, with
-noise: these are steps of the replay as any other, never of a dataset.
+noise: these are steps of the replay as any other, never of a dataset. Where a reward does not ask
+for all that imitation needs (Reach: it is the same within 5 cm of the goal), `Family.lesson` is
+what the teacher is paid instead; datasets and levels keep the environment's reward.
 
 Tasks that are not played, the held-out ones, get their policies by the same sum: the teacher is
 asked for tasks that it has never seen.
@@ -107,7 +109,8 @@ class ConditionedSAC(StackedSAC):
             other = torch.randint(self.played, rows, generator=rng, device=device)
             chosen = torch.rand(rows, generator=rng, device=device) < RELABELLED
             task = torch.where(chosen, other, played)  # ... or another
-            # The rewards of all rows: for a step's own task it is the reward that it had.
+            # The rewards of all rows: for a step's own task it is the one that it had, or that of
+            # the family's `lesson`, if it has one.
             r = self.reward(outcome[0], self.tasks[task])
         coded = self.coded[task]
         s, s2 = self.read(s, coded), self.read(s2, coded)
@@ -136,10 +139,10 @@ def together(
     family, n = batch.family, len(batch.reset())
     sizes = family.state_dim, family.action_dim
     numbers = torch.tensor(tasks, dtype=torch.float32)
-    known = family.reward, family.state_units, family.demonstrate
+    known = family.lesson or family.reward, family.state_units, family.demonstrate
     agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, *known)
     more = {}
-    if family.reward is not None:
+    if known[0] is not None:
         batch.step(np.zeros((n, sizes[1]), np.float32))  # any step: an outcome to know its shape
         more["outcome"] = batch.outcome.shape[1:]
     return agent, Replay(n, min(cfg.replay, cfg.steps), *sizes, device, **more)

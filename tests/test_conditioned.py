@@ -145,6 +145,20 @@ def test_half_of_a_sample_is_relabelled(monkeypatch):
     assert abs(own - 400 * 2 / 3) < 4 * (400 * 2 / 9) ** 0.5
 
 
+def test_a_lesson_is_paid_in_place_of_the_reward(monkeypatch):
+    """To the teacher alone: what the environment pays, which a dataset keeps, is the reward."""
+    batch = make_batch("point-robot", GOALS)
+    batch.family = replace(POINT_ROBOT, lesson=lambda outcome, tasks: 0 * outcome[..., 0] + 7.0)
+    one, replay = together(batch, SMALL, 0, "cpu", GOALS)
+    train_step = batch.step(np.zeros((2, 2), np.float32))
+    assert (train_step[1] < 0).all()
+    states = torch.zeros(2, 2)
+    for _ in range(20):
+        rewards = torch.from_numpy(train_step[1])
+        replay.add(states, states, rewards, states, torch.from_numpy(batch.outcome))
+    assert (learned(one, replay, monkeypatch)[2] == 7).all()
+
+
 def test_without_a_reward_every_step_teaches_its_own_task(monkeypatch):
     one = agent()
     s, _, r, _, _ = learned(one, filled(more=False), monkeypatch)

@@ -331,6 +331,19 @@ def test_a_step_earns_in_another_task_what_that_task_would_have_paid(single, bat
     assert seen >= {1, 7, 10} and len(seen) > 5
 
 
+def test_reachs_lesson_pays_best_in_the_goal_where_its_reward_is_flat():
+    """Within 5 cm, and less at every further step away; NumPy's numbers are torch's."""
+    goal = np.array(REACH[0])
+    outcomes = goal + np.linspace(0, 0.3, 31)[:, None] * [0.6, 0.0, 0.8]
+    family = get_family("reach")
+    lesson, reward = family.lesson(outcomes, goal), family.reward(outcomes, goal)
+    assert lesson[0] == 10 and (np.diff(lesson) < 0).all() and lesson[10] == pytest.approx(5)
+    assert (reward[:5] == 10).all() and reward[6] < 10
+    torch.testing.assert_close(
+        family.lesson(torch.tensor(outcomes), torch.tensor(goal)), torch.tensor(lesson)
+    )
+
+
 def test_demonstrations_of_push_are_the_librarys_and_all_succeed():
     """Warm-up of the one teacher: no warning, bounded, and the goal of each row its own."""
     goals = sample_tasks("push", 6, np.random.default_rng(2))
