@@ -63,7 +63,7 @@ from support.command_line import (
 from support.distributed import resolve_device
 from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.settings import check_types, counting, flat, with_values
+from support.settings import all_before, check_types, counting, flat, with_values
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ def make_job(command: Reproduction, cfg: Config, gpus: int) -> Job:
         repeats=command.repeats,
         gpus=gpus,
         slots=at_a_time(command, gpus),
+        older={k: v for k, v in all_before(cfg).items() if k in measured(cfg)},
     )
 
 

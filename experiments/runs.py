@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Job:
     repeats: int
     gpus: int = 0  # 0: on the CPU
     slots: int = 1  # jobs at a time
+    older: dict[str, Any] = field(default_factory=dict)  # settings that old records do not have
     deadline: float = 0.0  # time.time() after which it is not begun; 0: none
 
     @property
@@ -83,7 +84,8 @@ def finished(job: Job) -> bool:
         record = read_record(job.record)
     except ValueError:
         return False
-    same = record["settings"] == _plain(job.settings) and record["repeats"] == job.repeats
+    known = job.older | record["settings"]  # a setting that came later says what was done before
+    same = known == _plain(job.settings) and record["repeats"] == job.repeats
     return same and (job.record.parent / record["csv"]).exists()
 
 

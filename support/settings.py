@@ -80,6 +80,15 @@ def before(group: type) -> dict[str, Any]:
     return {f.name: f.metadata["before"] for f in fields(group) if "before" in f.metadata}
 
 
+def all_before(settings: Any) -> dict[str, Any]:
+    """`before` of a dataclass and of all groups in it, by the settings' names."""
+    found = before(type(settings))
+    for entry in fields(settings):
+        if is_dataclass(group := getattr(settings, entry.name)):
+            found |= all_before(group)
+    return found
+
+
 def _named(holder: dict, name: str, where: str, given: str | None, find: Callable) -> None:
     """Check the family or method that a file of settings names; put the user's own path for it."""
     value = holder.get(name)

@@ -20,7 +20,7 @@ from envs import FAMILIES, get_family
 from experiments.compare import COLUMNS, Cell, as_csv, as_markdown, interval, make_rows, paired
 from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
 from experiments.projection import in_words
-from experiments.runs import FORMAT, _one_gpu
+from experiments.runs import FORMAT, _one_gpu, read_record
 from reproduce import Reproduction, plan
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
@@ -106,6 +106,16 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
         over = run("reproduce.py", both, monkeypatch, capsys)
     assert over.code == 0 and "2 runs, 2 finished" in over.out
     assert contents(tmp_path / "runs") == before
+
+    # A record that is older than a setting is of what was done before; one without another is not.
+    record = results / f"{done}.json"
+    for missing, count in (("task_balance", 2), ("lr", 1)):
+        content = read_record(record)
+        del content["settings"][missing]
+        save_json(record, content)
+        with at_home():
+            old = run("reproduce.py", [*both, "--minutes", "0"], monkeypatch, capsys)
+        assert f"2 runs, {count} finished" in old.out, missing
 
 
 def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monkeypatch, capsys):
