@@ -423,7 +423,7 @@ def test_evaluate_refuses_what_cannot_be(
         ("collect.py", "--teacher-steps 100", "darkroom's teacher is a rule"),
         ("collect.py", "--env point-robot --teacher-save-every 30", "--teacher-save-every 30"),
         ("collect.py", "--env point-robot --teacher-lr inf", "--teacher-lr inf"),
-        ("collect.py", "--env push --teacher-hidden 64", "--teacher-hidden"),
+        ("collect.py", "--env push --preset paper --teacher-hidden 64", "--teacher-hidden"),
         ("collect.py", "--env push --teacher-device cuda", "cuda"),
         ("collect.py", "--env missing.py", "missing.py"),
         ("collect.py", "--task-seed=-1", "--task-seed -1"),
