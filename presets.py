@@ -117,20 +117,20 @@ CPU_SHARED = {
     "dpt": _CPU_SHARED | dict(query_position="last", short=0.2, empty=0.1),
 }
 # Long episodes (100 or 200 steps of a continuous family) make long rows, hence fewer of them.
-_CPU_LONG_AD = dict(steps=350, batch=8, episodes=15, history=2, eval_every=250)
 # task_balance: without it a task expert dies here.
-_CPU_LONG_DPT = dict(
-    steps=600, batch=16, queries=32, episodes=10, eval_every=500, task_balance=0.003
-)
 # Recipes: a prompt by the task's own teachers gives the task away through its actions. With
 # `explore` other tasks' teachers play most of a prompt; DPT's labels are the task's own whoever
 # plays, and AD imitates the task's best episodes alone (best): their mean is an action, that of all
 # behaviours is none. `wander` for an AD that imitates all it reads and cannot imitate random
 # actions. A first episode at random sees more than the mean action.
-_CPU_SAC_AD = _CPU_LONG_AD | dict(
-    recipe="explore", best=0.1, steps=700, batch=12, first="random", prompt_length=400, history=1,
+_CPU_SAC_AD = dict(
+    recipe="explore", best=0.1, steps=700, batch=12, episodes=15, first="random",
+    prompt_length=400, history=1, eval_every=250,
 )
-_CPU_SAC_DPT = _CPU_LONG_DPT | dict(recipe="explore")
+_CPU_SAC_DPT = dict(
+    recipe="explore", steps=600, batch=16, queries=32, episodes=10, eval_every=500,
+    task_balance=0.003,
+)
 CPU = {
     # The paper's data, prompts of six episodes. Played are four (history + 1), the last of which is
     # then one of the middle: where nothing was found yet, its behaviour still searches.

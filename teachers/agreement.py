@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collect import check
+from collect import check, split_of, teacher_algorithm
 from config import Collection
-from envs import get_family, split_tasks
+from envs import get_family
 from teachers.rollouts import Policies, join, load_policies, network_input, rollout
 from teachers.teachers import TrainedTeachers, train_teachers
 
@@ -94,7 +94,7 @@ def agreement(env: str, tasks: list, policies: Policies, random: float, seed: in
     inputs = network_input(get_family(env), own["states"][:, 0])
     gap = differences(policies, inputs)
     rows = np.arange(len(tasks))
-    two = MeanOf([Policies(policies.kind, rows_of(policies, others[:, k])) for k in (0, 1)])
+    two = MeanOf([policies.of(torch.from_numpy(others[:, k])) for k in (0, 1)])
     between = rollout(two, env, tasks, 1, (seed, 0), sampled=False)
     return Agreement(
         near=float(gap[rows, others[:, 0]].mean()),
@@ -105,18 +105,13 @@ def agreement(env: str, tasks: list, policies: Policies, random: float, seed: in
     )
 
 
-def rows_of(policies: Policies, rows: np.ndarray) -> dict[str, Tensor]:
-    """The weights of some of the policies, in that order."""
-    return {name: tensor[torch.from_numpy(rows)] for name, tensor in policies.tensors.items()}
-
-
 def measure(cfg: Collection) -> Agreement:
     """Of the training tasks of `cfg`; its teachers are trained if they are not there."""
     check(cfg)
     data, env = cfg.data, cfg.data.env
-    if get_family(env).teacher == "rule":
+    if teacher_algorithm(cfg) is None:
         raise ValueError(f"{env}'s teacher is a rule: there are no policies to compare")
-    train, test = split_tasks(env, data.task_seed, data.tasks, data.train_tasks, data.test_tasks)
+    train, test = split_of(cfg)
     work = replace(cfg.work, workers=cfg.work.workers or 1)
     root = Path(data.datasets)
     teachers = train_teachers(root, env, cfg.teachers, train + test, work, train=len(train))

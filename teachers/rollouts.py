@@ -54,8 +54,8 @@ class Policies:
     kind: str
     tensors: dict[str, Tensor]  # w0, b0, ... (M, in, out), (M, 1, out); of `ppo` log_std (M, 1, da)
 
-    def of(self, row: int | slice) -> Policies:
-        """Some of them; one is a stack of one."""
+    def of(self, row: int | slice | Tensor) -> Policies:
+        """Some of them, by their places; one is a stack of one."""
         rows = slice(row, row + 1) if isinstance(row, int) else row
         return Policies(self.kind, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
