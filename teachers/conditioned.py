@@ -34,12 +34,11 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from envs import Family
 from teachers.sac import WEIGHTS, Replay, SACConfig, StackedSAC, mlp, squashed
 
 RELABELLED = 0.5  # of a sample's rows, where the family has a `reward`
@@ -49,27 +48,19 @@ DEMONSTRATION_NOISE = 0.5  # deviation of the last task's demonstrations; the fi
 class ConditionedSAC(StackedSAC):
     """A stack of one agent, whose states are (state, task). The first n of N tasks are played.
 
-    `tasks` (N, dt); `reward`, `units`, `demonstrate`: the family's `reward`, `state_units` and
-    `demonstrate`, or None.
+    `tasks` (N, dt). What the family says beyond its sizes, if it says it: `lesson` or `reward`,
+    `state_units`, `demonstrate` (envs.py).
     """
 
     def __init__(
-        self,
-        tasks: Tensor,
-        n: int,
-        ds: int,
-        da: int,
-        cfg: SACConfig,
-        seed: int,
-        device="cpu",
-        reward: Callable[[Tensor, Tensor], Tensor] | None = None,
-        units: tuple | None = None,
-        demonstrate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        self, tasks: Tensor, n: int, family: Family, cfg: SACConfig, seed: int, device="cpu"
     ):
-        super().__init__(1, ds + tasks.shape[1], da, cfg, seed, device)
-        self.ds, self.played, self.reward, self.demonstrate = ds, n, reward, demonstrate
+        self.ds, self.played = family.state_dim, n
+        super().__init__(1, self.ds + tasks.shape[1], family.action_dim, cfg, seed, device)
         self.drawn = n  # every task explores by itself
-        self.centre, self.unit = torch.tensor(units or ([0.0] * ds, [1.0] * ds), device=device)
+        self.paid, self.demonstrate = family.lesson or family.reward, family.demonstrate
+        units = family.state_units or ([0.0] * self.ds, [1.0] * self.ds)
+        self.centre, self.unit = torch.tensor(units, device=device)
         self.tasks = tasks.to(device)
         # What the networks read of a task: numbers of about unit size, by the training tasks' own.
         trained = self.tasks[:n]
@@ -105,13 +96,13 @@ class ConditionedSAC(StackedSAC):
         place = torch.randint(replay.filled, rows, generator=rng, device=device)
         s, a, r, s2, *outcome = (array[played, place] for array in replay.arrays.values())
         task = played  # whom the step shall teach: the task in which it was made ...
-        if self.reward is not None:
+        if self.paid is not None:
             other = torch.randint(self.played, rows, generator=rng, device=device)
             chosen = torch.rand(rows, generator=rng, device=device) < RELABELLED
             task = torch.where(chosen, other, played)  # ... or another
             # The rewards of all rows: for a step's own task it is the one that it had, or that of
             # the family's `lesson`, if it has one.
-            r = self.reward(outcome[0], self.tasks[task])
+            r = self.paid(outcome[0], self.tasks[task])
         coded = self.coded[task]
         s, s2 = self.read(s, coded), self.read(s2, coded)
         noise = torch.randn((2, 1, *rows, self.da), generator=rng, device=device)
@@ -139,10 +130,8 @@ def together(
     family, n = batch.family, len(batch.reset())
     sizes = family.state_dim, family.action_dim
     numbers = torch.tensor(tasks, dtype=torch.float32)
-    known = family.lesson or family.reward, family.state_units, family.demonstrate
-    agent = ConditionedSAC(numbers, n, *sizes, cfg, seed, device, *known)
-    more = {}
-    if known[0] is not None:
+    agent, more = ConditionedSAC(numbers, n, family, cfg, seed, device), {}
+    if agent.paid is not None:
         batch.step(np.zeros((n, sizes[1]), np.float32))  # any step: an outcome to know its shape
         more["outcome"] = batch.outcome.shape[1:]
     return agent, Replay(n, min(cfg.replay, cfg.steps), *sizes, device, **more)

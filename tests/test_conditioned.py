@@ -35,7 +35,8 @@ UNITS = ((0.5, -1.0, 3.0), (0.1, 2.0, 1.0))
 
 def agent(reward=None, tasks=TASKS, batch=400, units=None) -> ConditionedSAC:
     cfg = replace(SMALL, batch=batch)
-    return ConditionedSAC(torch.tensor(tasks), 3, DS, DA, cfg, seed=1, reward=reward, units=units)
+    family = replace(POINT_ROBOT, state_dim=DS, action_dim=DA, reward=reward, state_units=units)
+    return ConditionedSAC(torch.tensor(tasks), 3, family, cfg, seed=1)
 
 
 # ------------------------------------------------------------------------------------------ folding
