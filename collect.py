@@ -49,6 +49,7 @@ from support.files import (
 )
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import check_types
+from support.user_file import code_of
 from teachers.ppo import PPOConfig
 from teachers.rollouts import make_part, parts_of
 from teachers.sac import SACConfig
@@ -220,9 +221,10 @@ def dataset_folder(cfg: Collection) -> Path:
     data = cfg.data
     name = f"{get_family(data.env).name}-{data.quality}-{data.recipe}"
     name += f"-e{data.data_episodes}-q{data.data_queries}-t{data.task_seed}-s{data.data_seed}"
-    if data.tasks or data.train_tasks or data.test_tasks or teacher_algorithm(cfg):
+    own = code_of(data.env)  # whoever changes the reward in a file of theirs wants other data
+    if data.tasks or data.train_tasks or data.test_tasks or teacher_algorithm(cfg) or own:
         # the algorithm too: where Table 2's defaults change in the code, so does the name
-        everything = json.dumps([settings_of(cfg), split_of(cfg)])
+        everything = json.dumps([settings_of(cfg), split_of(cfg)]) + own
         name += f"-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
     return Path(data.datasets) / name
 

@@ -2,12 +2,15 @@
 
 in : its path           out: the module, or ValueError with one line that says where it went wrong
 Service code, used by envs.py (a family of your own) and methods.py (a method of your own).
+What such a family's data are depends on the file too: `code_of` names what it says.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
+import tokenize
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +31,17 @@ def run_file(file: str, flag: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # also a script that ends with sys.exit()
         raise users_error(file, flag, error) from error
     return module
+
+
+def code_of(name: str) -> str:
+    """Changes with the code of a user's file, not with its comments; "" for what is built in."""
+    if not name.endswith(".py"):
+        return ""
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
+    with open(name, "rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    said = [token.string for token in tokens if token.type not in silent]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
 
 def users_error(file: str, flag: str, error: BaseException) -> ValueError:

@@ -49,6 +49,7 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, run_jobs
+from support.user_file import code_of
 from teachers.conditioned import together
 from teachers.ppo import PPOConfig, train_ppo
 from teachers.rollouts import Behaviour, load_policies, read_policies, rollout
@@ -303,6 +304,7 @@ def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list, train
     """One folder for everything that changes the bytes; what its name does not say is hashed."""
     trained_by = algorithm(env, settings)
     everything = json.dumps([env, asdict(settings), asdict(trained_by), tasks, train])
+    everything += code_of(env)
     name = f"{get_family(env).name}-{settings.teacher}-{trained_by.steps}-s{settings.teacher_seed}"
     return root / "teachers" / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
 

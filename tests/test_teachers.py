@@ -22,7 +22,7 @@ from commands import at_home, changed, contents, flags, start
 from scipy.stats import kstest
 
 from collect import collect, dataset_folder, maximum, split_of
-from config import Data, Teachers
+from config import Collection, Data, Teachers
 from data import load_dataset, part_name
 from envs import get_family, make_batch, random_returns, split_tasks
 from families.point_robot import point_robot_move
@@ -158,6 +158,34 @@ def test_a_family_of_the_users_has_settings_too(tmp_path):
     assert len(checkpoints(trained_by(str(file)))) == 40
     folder = teachers_folder(Path("data"), str(file), teachers(steps=600), [[0.0, 0.1]])
     assert folder.parent == Path("data/teachers")  # not beside the file
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_code_of_the_users_family_names_its_data(tmp_path, rule):
+    """Another reward, another folder; a comment changes nothing."""
+    file = tmp_path / "cart.py"
+    kind = ", teacher='rule', collect_task=min" if rule else ""
+    code = (
+        "from envs import Family\n"
+        "import numpy as np\n"
+        "def tasks(n, rng):\n    return rng.uniform(0, 1, (n, 2))\n"
+        "CART = Family('cart', 30, 2, 1, 20, 5, (0, 0), (1, 1), batch=min, sample_tasks=tasks"
+        f"{kind})\n"
+    )
+
+    def names(text):
+        file.write_text(text)
+        get_family.cache_clear()
+        cfg = Collection(data=Data(env=str(file)))
+        named = [dataset_folder(cfg).name]
+        if not rule:
+            named.append(teachers_folder(Path("data"), str(file), teachers(), [[0, 0]]).name)
+        return named
+
+    before = names(code)
+    assert names("# what it is\n\n" + code.replace("(1, 1), ", "(1, 1),  # one\n    ")) == before
+    for one, other in zip(names(code.replace("30, 2, 1", "40, 2, 1")), before, strict=True):
+        assert one != other
 
 
 # ----------------------------------------------------------------------------------------- policies
