@@ -88,6 +88,26 @@ def test_belief_never_rules_out_the_true_goal(explore_data):
     torch.testing.assert_close(belief.sum(1), torch.ones(8))
 
 
+def test_only_goals_that_the_prior_allows_are_looked_for():
+    """And a reward names its cell all the same."""
+    prior = torch.zeros(100)
+    prior[[1, 37]] = torch.tensor([0.25, 0.75])
+    policy = ExactPosterior(goals=[[0, 1], [3, 7]])
+    policy.begin([], rows=2)
+    assert policy.belief.nonzero()[:, 1].tolist() == [1, 37] * 2 and (policy.belief.max() == 0.5)
+    belief = goal_posterior(
+        prompt(
+            [((0, 0), RIGHT, 0), ((1, 0), UP, 0)],  # neither
+            [((0, 0), UP, 0), ((0, 1), RIGHT, 0)],  # (0, 1)
+            [((0, 0), UP, 0), ((3, 6), UP, 0)],  # both: nothing has been learnt
+            [((0, 0), RIGHT, 1), ((1, 0), UP, 0)],  # a goal that was not possible
+        ),
+        prior=prior,
+    )
+    want = torch.stack([prior, *torch.eye(100)[[37]], prior, *torch.eye(100)[[10]]])
+    torch.testing.assert_close(belief, want)
+
+
 # ----------------------------------------------------------------------------- posterior of actions
 def slow_action_posterior(belief, states):
     want = torch.zeros(*states.shape[:2], 5)
@@ -180,6 +200,17 @@ def test_returns_of_the_sampled_posterior(memory, want):
         found = returns[:, :5].max(1) > 0
         best = 101 - np.maximum(np.tile(CELLS, (REPEATS, 1)).sum(1), 1)
         np.testing.assert_array_equal(returns[found, 5:], np.repeat(best[found, None], 5, 1))
+
+
+def test_what_was_never_a_goal_is_found_by_chance_alone():
+    """A DPT that was trained on no goal near the far corner does not look there."""
+    goals = [cell for cell in CELLS.tolist() if min(cell) < 7]
+    corner = [[9, 9]] * 20
+    known, not_known = (
+        play("darkroom", corner, ExactPosterior("all", goals=held), 25)[:, -1]
+        for held in (None, goals)
+    )
+    assert (known > 0).mean() > 0.9 and (not_known > 0).mean() < 0.3
 
 
 @pytest.mark.parametrize("memory", ["last", "all"])
