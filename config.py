@@ -108,6 +108,8 @@ class Teachers:
     """Their learning rate."""
     teacher_alpha: NotNegative = 0.0
     """SAC: entropy ratio, the weight of a policy's entropy beside its reward."""
+    teacher_gamma: BelowOne = field(default=0.0, metadata={"before": 0.0})
+    """Discount factor."""
     teacher_seed: Seed = 0
     """Seed of the teachers' training."""
     teacher_group: Rows = 10

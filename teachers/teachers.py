@@ -110,7 +110,7 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
     that cannot be.
     """
     base, horizon = default_algorithm(env, settings.teacher), get_family(env).horizon
-    names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha")
+    names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha", "gamma")
     given = {name: getattr(settings, f"teacher_{name}") for name in names}
     given = {name: value for name, value in given.items() if value}  # 0: the table's
     if not all(value > 0 for value in (settings.teacher_group, *given.values())):

@@ -109,11 +109,12 @@ def test_settings_override_the_tables():
         "batch": 9,
         "lr": 0.01,
         "alpha": 0.3,
+        "gamma": 0.9,
     }
     assert trained_by("cheetah-vel", **given) == replace(PAPER["cheetah-vel"], **given)
     assert trained_by("point-robot", steps=400).replay == 400  # it holds all of the training
     assert trained_by("cheetah-vel", steps=400, save_every=200, warmup=9).replay == 10_000
-    given = {"steps": 5000, "save_every": 3000, "batch": 32, "lr": 0.01}
+    given = {"steps": 5000, "save_every": 3000, "batch": 32, "lr": 0.01, "gamma": 0.9}
     assert trained_by("reach", **given) == replace(PAPER["reach"], **given)
 
 
