@@ -91,7 +91,7 @@ CPU_DATA = {
     # worth is then a tenth of a value, not a hundredth. More steps than these, and actions jump
     # from bound to bound, which returns as much and which is harder to imitate (FINDINGS.md)
     "reach": _CPU_SAC | dict(
-        train_tasks=50, test_tasks=20, teacher_steps=3000, teacher_save_every=300,
+        train_tasks=50, test_tasks=20, teacher_steps=4000, teacher_save_every=400,
         teacher_gamma=0.9,
     ),
     # its warm-up is demonstrated: Family.demonstrate
