@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import tokenize
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -33,8 +34,12 @@ def run_file(file: str, flag: str) -> ModuleType:
     return module
 
 
+@cache
 def code_of(name: str) -> str:
-    """Changes with the code of a user's file, not with its comments; "" for what is built in."""
+    """Changes with the code of a user's file, not with its comments; "" for what is built in.
+
+    A process reads it once, as it does the family: an edit while it runs must not rename its data.
+    """
     if not name.endswith(".py"):
         return ""
     silent = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)

@@ -28,6 +28,7 @@ from envs import get_family, make_batch, random_returns, split_tasks
 from families.point_robot import point_robot_move
 from support import files
 from support.files import Damaged
+from support.user_file import code_of
 from teachers import rollouts
 from teachers import teachers as module
 from teachers.ppo import PPOConfig
@@ -177,6 +178,7 @@ def test_code_of_the_users_family_names_its_data(tmp_path, rule):
     def names(text):
         file.write_text(text)
         get_family.cache_clear()
+        code_of.cache_clear()
         cfg = Collection(data=Data(env=str(file)))
         named = [dataset_folder(cfg).name]
         if not rule:
