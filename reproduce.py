@@ -230,19 +230,20 @@ def make_job(command: Reproduction, cfg: Config, gpus: int) -> Job:
     named = {name: value for name, value in files.items() if value.endswith(".py")}
     device = "cuda" if gpus else "cpu"
     where = {"repeats": command.repeats, "results": results, "device": device}
+    settings = measured(cfg)
     return Job(
         name=run_name(cfg),
         runs=command.runs,
         results=results,
         here=os.getcwd(),
-        settings=measured(cfg),
+        settings=settings,
         train=tuple(flags_of(cfg)),
         evaluate=tuple(as_flags(named | where | flat(cfg.play))),
         steps=cfg.training.steps,
         repeats=command.repeats,
         gpus=gpus,
         slots=at_a_time(command, gpus),
-        older={k: v for k, v in all_before(cfg).items() if k in measured(cfg)},
+        older={k: v for k, v in all_before(cfg).items() if k in settings},
     )
 
 

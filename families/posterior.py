@@ -25,7 +25,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from config import Data
 from data import Prompt
 from families.darkroom import CELLS, MOVES, SIDE, cell_id, darkroom_teacher
 from policies import choose, concatenate
@@ -34,8 +33,6 @@ from policies import choose, concatenate
 TEACHER = torch.nn.functional.one_hot(
     torch.from_numpy(darkroom_teacher(CELLS[:, None], CELLS[None])), len(MOVES)
 ).float()
-
-
 UNIFORM = torch.full((SIDE**2,), 1 / SIDE**2)
 
 
@@ -89,11 +86,9 @@ class ExactPosterior:
         greedy: bool = False,
         goals: list | None = None,
     ):
-        self.memory, self.greedy, self.prior = memory, greedy, UNIFORM
-        if goals is not None:
-            possible = torch.zeros_like(UNIFORM)
-            possible[cell_id(torch.tensor(goals))] = 1 / len(goals)
-            self.prior = possible
+        self.memory, self.greedy = memory, greedy
+        possible = cell_id(torch.as_tensor(CELLS if goals is None else goals))
+        self.prior = torch.zeros_like(UNIFORM).index_fill(0, possible, 1 / len(possible))
         self.rng = torch.Generator().manual_seed(seed)
 
     def begin(self, history: list[Prompt], rows: int) -> None:
@@ -110,8 +105,10 @@ class ExactPosterior:
 
 
 if __name__ == "__main__":
+    # here alone: evaluate.py comes later in the reading order
+    from config import Data
     from envs import split_tasks
-    from evaluate import play  # here alone: it comes later in the reading order
+    from evaluate import LAST, play
 
     train, test = split_tasks("darkroom", Data().task_seed)
     print(f"returns of {len(test)} held-out goals, five plays of each")
@@ -120,5 +117,5 @@ if __name__ == "__main__":
             policy = ExactPosterior(memory, 0, goals=goals)
             returns = play("darkroom", test * 5, policy, 40).mean(0)
             shown = "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20))
-            last = f"last five of 40: {returns[-5:].mean():.1f}"
+            last = f"last {LAST} of 40: {returns[-LAST:].mean():.1f}"
             print(f"{name:14s} possible, prompt {memory:4s}: {shown}  {last}")
