@@ -24,7 +24,8 @@ with a query in front the prompt's tokens depend on it: a new query is a new pas
 
 Differs from the paper (switches): with `--query-position last` many labels share one pass over a
 prompt (`--queries`), and at test time the prompt's keys and values are computed once an episode;
-`--prompt all` grows the prompt over the episodes. Both draws of a task are imitated, as in ad.py.
+`--prompt all` grows the prompt over the episodes; with `--independent` these do not attend to one
+another, which a posterior does not need. Both draws of a task are imitated, as in ad.py.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class DPTSettings:
     """With the query last: share of queries that see a random part of the prompt."""
     empty: Share = 0.0
     """With the query last: share of queries that see no prompt."""
+    independent: bool = field(default=False, metadata={"before": False})
+    """With the query last: a prompt's episodes do not attend to one another, queries to all."""
     pooled: FewOrNone = field(default=0, metadata={"before": 0})
     """Grids: every other prompt is what up to so many episodes without a reward have seen."""
 
@@ -97,7 +100,7 @@ class DPTPlay(Play):
 
 
 # ---------------------------------------------------------------------------------------- tokens
-def queries_behind(tokens: int, visible: Int64[Tensor, "B Q"]) -> View:
+def queries_behind(tokens: int, visible: Int64[Tensor, "B Q"], stretch: int = 0) -> View:
     """Query last: each of Q queries sees the first `visible` tokens of the prompt and itself."""
     b, q = visible.shape
     places = torch.arange(tokens, device=visible.device)
@@ -105,7 +108,8 @@ def queries_behind(tokens: int, visible: Int64[Tensor, "B Q"]) -> View:
     # Itself alone: queries must not see one another, at test time there is one.
     itself = torch.eye(q, dtype=torch.bool, device=visible.device).expand(b, q, q)
     # (B, 1, Q, tokens + Q): what attention takes, the same for all heads
-    return View(slice(0, tokens), visible, torch.cat([of_prompt, itself], -1)[:, None])
+    mask = torch.cat([of_prompt, itself], -1)[:, None]
+    return View(slice(0, tokens), visible, mask, stretch)
 
 
 class DPTModel(T2MIR):
@@ -113,9 +117,14 @@ class DPTModel(T2MIR):
 
     first_time = 1  # 0 is the position of queries, which belong to no step of the prompt
 
-    def __init__(self, cfg: ModelSettings, family: Family, query_last: bool):
+    def __init__(
+        self, cfg: ModelSettings, family: Family, query_last: bool, independent: bool = False
+    ):
         super().__init__(cfg, family)
         self.query_last = query_last
+        # What a prompt tells is a product of what its episodes tell, each by itself: none has to
+        # read another. Cost then grows with their number, and not with its square.
+        self.stretch = 3 * family.horizon if independent else 0
 
     def embed_query(self, states: Shaped[Tensor, "B Q ds"]) -> Float[Tensor, "B Q D"]:
         return self.state_token(states) + self.embed_time.weight[0]
@@ -129,7 +138,7 @@ class DPTModel(T2MIR):
         of_query = modality.new_full((q,), 3)  # a number of its own: no modality of tau
         if self.query_last:
             x = torch.cat([prompt, query], 1)  # (B, n + Q, D)
-            view = queries_behind(n, 3 * batch.visible)  # steps to tokens
+            view = queries_behind(n, 3 * batch.visible, self.stretch)  # steps to tokens
             read = torch.arange(n, n + q, device=device)  # R = Q: the queries
             modality = torch.cat([modality, of_query])
         else:
@@ -220,8 +229,9 @@ class DPT(Method):
     try_next = "--prompt all of evaluate.py, every episode its memory: train on --prompt-length 300"
 
     def network(self) -> DPTModel:
-        last = self.cfg.method.query_position == "last"
-        return DPTModel(self.cfg.model, self.family, last)
+        settings = self.cfg.method
+        last = settings.query_position == "last"
+        return DPTModel(self.cfg.model, self.family, last, settings.independent)
 
     @property
     def label(self) -> str:
@@ -284,6 +294,8 @@ class DPT(Method):
             raise ValueError("--queries above 1 needs --query-position last")
         if (settings.short or settings.empty) and not last:
             raise ValueError("--short and --empty need --query-position last")
+        if settings.independent and not last:
+            raise ValueError("--independent needs --query-position last")
         if settings.short + settings.empty > 1:
             raise ValueError("--short and --empty are shares: together at most 1")
         if settings.pooled:

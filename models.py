@@ -35,7 +35,7 @@ from data import Prompt
 from envs import Family
 from mixture import head_size
 from moe import MoEKind, MoELayer, MoEOutput, Past, TaskRouting, View
-from support.attention import Cache, Dropout, attention
+from support.attention import Cache, Dropout, attention, in_stretches
 from support.files import need_memory
 
 
@@ -186,7 +186,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(b, s, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, d) each, d = D/H numbers a head
         if cache is not None:  # decoding: S new tokens read all that came before them too
+            first = cache.length - cache.length % view.stretch if view.stretch else 0
             k, v = cache.store(self.place, k, v)  # (B, H, old + S, d)
+            k, v = k[:, :, first:], v[:, :, first:]  # or of their own stretch alone
         if view.mask is None:
             y = attention(q, k, v)  # causal: a_t is predicted from the past alone (Eq. 9)
         else:
@@ -195,7 +197,8 @@ class Attention(nn.Module):
             n = view.prompt.stop  # tokens of the prompt; 0 in a first episode
             y = attention(q[:, :, n:], k, v, view.mask)  # (B, H, Q, d)
             if n:
-                y = torch.cat([attention(q[:, :, :n], k[:, :, :n], v[:, :, :n]), y], 2)
+                prompt = (x[:, :, :n] for x in (q, k, v))
+                y = torch.cat([in_stretches(*prompt, view.stretch or n), y], 2)
         return self.out(y.transpose(1, 2).reshape(b, s, d))  # heads side by side: (B, S, D)
 
 
@@ -268,6 +271,7 @@ class T2MIR(nn.Module):
     """
 
     first_time = 0  # position of an episode's first step: AD 0..T-1, DPT 1..T (0 is the query's)
+    stretch = 0  # tokens of a prompt that see one another (moe.py, `View`)
 
     def __init__(self, cfg: ModelSettings, family: Family):
         super().__init__()
@@ -406,7 +410,8 @@ class T2MIR(nn.Module):
         x = self.shifted(tokens, cache.length, cache.previous) if keep else tokens
         count = x.shape[1]
         last = torch.tensor([count - 1], device=x.device)  # R = 1
-        action, moe = self.run(x, View(slice(0, count)), last, cache)
+        view = View(slice(0, count), stretch=self.stretch if keep else 0)  # a query sees all
+        action, moe = self.run(x, view, last, cache)
         if keep:  # else the next call overwrites what stands behind `length`
             cache.length += count
             cache.previous = tokens[:, -1]  # not shifted itself, as in training

@@ -61,7 +61,7 @@ MoEKind = Literal["both", "token", "task", "none"]
 # --------------------------------------------------------- Eq. 4: what the task router reads: h_bar
 @dataclass
 class View:
-    """Which tokens see which: a causal stretch `prompt`, then queries that stand behind it.
+    """Which tokens see which: those of `prompt`, causal, then queries that stand behind it.
 
     A query behind it (DPT, query last) sees the first `visible` tokens of the prompt and itself. A
     query in front (DPT, query first) stands at place 0: for the prompt's tokens it is a past one.
@@ -70,6 +70,7 @@ class View:
     prompt: slice  # where the tokens of tau stand in the row
     visible: Int64[Tensor, "B Q"] | None = None  # tokens (not steps); None: no queries behind
     mask: Bool[Tensor, "B 1 Q keys"] | None = None  # attention of queries behind; with `visible`
+    stretch: int = 0  # the prompt's tokens see those of their own stretch of so many; 0: all
 
 
 @dataclass

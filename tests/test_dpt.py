@@ -89,6 +89,7 @@ def test_eq11_of_continuous_actions_is_the_squared_error():
         ("--queries 0", {"queries": 0}),
         ("--noise", {"noise": 0.1}),
         ("--keys other needs two draws", {"keys": "other", "draws": 4}),
+        ("--independent needs", {"query_position": "first", "independent": True}),
         ("--pooled needs", {"pooled": 2, "prompt_length": 2 * T}),
         ("--pooled needs", {"pooled": 2, "prompt_length": T, "query_position": "first"}),
         ("--pooled 9 needs", {"pooled": 9, "prompt_length": T, "data_episodes": 8}),
@@ -262,7 +263,33 @@ def test_last_queries_see_the_visible_prompt_and_not_one_another(gate, place, sh
         near(model(alone).action, want[:, i : i + 1])
 
 
+@pytest.mark.parametrize("gate", [("none", "prefix"), *EQ4, ("both", "prefix"), ("both", "token")])
+@torch.no_grad()
+def test_independent_episodes_may_come_in_any_order(gate):
+    model = build("last", **gated(gate), independent=True, token_shift=True)
+    batch = draw(model, steps=4 * T, queries=3)
+    order = (T * torch.tensor([2, 0, 3, 1])[:, None] + torch.arange(T)).flatten()
+    whole = batch.prompt
+    moved = Prompt(whole.states[:, order], whole.actions[:, order], whole.rewards[:, order])
+    change = (model(replace(batch, prompt=moved)).action - model(batch).action).abs().max()
+    assert change < 1e-5
+    model.stretch = 0  # the same weights, each episode reading those before it
+    assert (model(replace(batch, prompt=moved)).action - model(batch).action).abs().max() > 1e-4
+
+
 # ---------------------------------------------------------------------------------------- decoding
+@pytest.mark.parametrize("piece", [1, T])
+@torch.no_grad()
+def test_independent_episodes_are_decoded_one_by_one(piece):
+    model = build("last", independent=True, token_shift=True, routing="prefix")
+    batch, cache = draw(model, steps=3 * T), model.new_cache(2, 1)
+    for start in range(0, 3 * T, piece):  # step by step, or an episode at once
+        part = cut(batch.prompt, start + piece, start)
+        model.decode(model.embed_prompt(part, start), cache)
+    query = model.embed_query(batch.query_states)
+    near(model.decode(query, cache, keep=False), model(batch).action[:, 0])
+
+
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("gate, place", DECODABLE)
 @torch.no_grad()
@@ -291,10 +318,11 @@ def test_cached_query_equals_the_full_forward_pass_and_leaves_no_trace(gate, pla
 
 # ------------------------------------------------------------------------------------- Algorithm 4
 @pytest.mark.parametrize("memory", ["last", "all"])
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("layout, independent", [("first", False), ("last", False), ("last", True)])
 @torch.no_grad()
-def test_algorithm4_plays_what_the_full_forward_pass_predicts(layout, memory):
+def test_algorithm4_plays_what_the_full_forward_pass_predicts(layout, memory, independent):
     options = {"prompt": memory, "actions": "greedy", "token_shift": True}
+    options["independent"] = independent
     policy, predicted, history = toys.play_room(method(layout, toys.ROOM, **options))
     for i, logits in enumerate(predicted):
         # the first episode has no prompt; later ones the one before, or all of them

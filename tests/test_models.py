@@ -16,7 +16,7 @@ from toys import GATES, GRID, LAYOUTS, PLACES, PLANE, N, T, build, cut, draw, me
 from models import ModelSettings
 from moe import View
 from support import attention as fast
-from support.attention import Dropout, attention
+from support.attention import Dropout, attention, in_stretches
 from support.settings import check_types
 
 FAMILIES = pytest.mark.parametrize("family", [GRID, PLANE], ids=lambda family: family.name)
@@ -56,6 +56,18 @@ def test_attention_matches_loop(s, keys, masked, d):
     direction = torch.randn(2, 3, s, d)
     gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)]
     assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_stretches_match_a_mask_of_blocks():
+    leaves, place = [x.requires_grad_() for x in qkv(12, 12, 16)], torch.arange(12)
+    same = place[:, None] // 4 == place // 4
+    block = (same & (place[:, None] >= place)).expand(2, 1, 12, 12)
+    fast, slow = in_stretches(*leaves, 4), slow_attention(*leaves, block)
+    assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    direction = torch.randn(2, 3, 12, 16)
+    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)]
+    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert torch.equal(in_stretches(*leaves, 12), attention(*leaves))  # one: plain causal attention
 
 
 class OnCuda(torch.Tensor):
