@@ -197,8 +197,9 @@ class Attention(nn.Module):
             n = view.prompt.stop  # tokens of the prompt; 0 in a first episode
             y = attention(q[:, :, n:], k, v, view.mask)  # (B, H, Q, d)
             if n:
-                prompt = (x[:, :, :n] for x in (q, k, v))
-                y = torch.cat([in_stretches(*prompt, view.stretch or n), y], 2)
+                stretch = view.stretch or n
+                own = in_stretches(q[:, :, :n], k[:, :, :n], v[:, :, :n], stretch)
+                y = torch.cat([own, y], 2)
         return self.out(y.transpose(1, 2).reshape(b, s, d))  # heads side by side: (B, S, D)
 
 
