@@ -10,7 +10,7 @@ pickles. meta.json is written last, so that a folder that has one is complete; l
 
 Symbols (paper -> here): D_i -> one task of `Dataset`; D_i^q -> its query_states and query_actions;
 tau -> `Prompt`. Differs from the paper: nothing; it is silent on how states are scaled (below: to
-zero mean and unit deviation) and on how tasks are drawn (below: without repeats).
+zero mean and unit deviation, cut at 10) and on how tasks are drawn (below: without repeats).
 Shapes: N tasks, E episodes a task, T steps an episode, M queries a task; L episodes a prompt,
 n = L*T its steps, B rows of a batch; ds, da numbers of a state and of an action. Discrete actions
 are int64 ids without a trailing axis, continuous ones float32 with a trailing da.
@@ -85,10 +85,12 @@ class Dataset:
 def normalise(states: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Continuous states to zero mean and unit deviation over the training tasks; cells stay.
 
+    Within +-10: a number that hardly ever moves (Reach's puck, when the hand meets it) would
+    otherwise be a hundred deviations, and drown all others of its token.
     A held-out task is normalised with the same numbers: its own would need its data beforehand, and
     would hide from the network where it differs.
     """
-    return (states - mean) / std if states.is_floating_point() else states
+    return ((states - mean) / std).clamp(-10, 10) if states.is_floating_point() else states
 
 
 # ----------------------------------------------------------------------------------------- loading
