@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from config import BelowOne, Few, FewOrNone, NotNegative, Share, Training, Units
+from config import BelowOne, Few, FewOrNone, NotNegative, Positive, Share, Training, Units
 from contrastive import Keys
 from data import Prompt
 from envs import Family
@@ -89,6 +89,8 @@ class ModelSettings:
     """After the embeddings and on both residual branches of a block."""
     token_shift: bool = False
     """Add the previous token's embedding to each (not in the paper)."""
+    embed_gain: Positive = field(default=1.0, metadata={"before": 1.0})
+    """First weights of the embeddings of continuous numbers, times torch's own."""
     components: FewOrNone = field(default=0, metadata={"before": 0})
     """Of a mixture of Gaussians over continuous actions (not in the paper); 0: squared error."""
 
@@ -294,6 +296,9 @@ class T2MIR(nn.Module):
         action = nn.Embedding if family.discrete_actions else nn.Linear  # ids, or numbers
         self.embed_action = action(family.action_dim, cfg.width)
         self.embed_reward = nn.Linear(1, cfg.width)
+        for layer in (self.embed_state, self.embed_action, self.embed_reward):
+            if isinstance(layer, nn.Linear):  # numbers, not ids: small beside modality and time
+                layer.weight.data *= cfg.embed_gain
         # Sec. 4.3: s_t, a_t and r_t share the position embedding of their time step.
         self.embed_time = nn.Embedding(family.horizon + 1, cfg.width)  # T steps, and DPT's query
         # With a bias for each modality the token router tells them apart from the first step on.

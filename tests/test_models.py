@@ -195,6 +195,18 @@ def test_eq9_eq11_prompt_embedding_matches_loop(layout, first, family):
         near(model.embed_prompt(cut(prompt, steps), start), torch.stack(want, 1))
 
 
+@FAMILIES
+def test_the_gain_is_of_continuous_numbers_alone(family):
+    plain, four = (method("last", family, embed_gain=gain).model for gain in (1.0, 4.0))
+    gains = {
+        name: (new / old).mean().item()
+        for (name, new), old in zip(four.named_parameters(), plain.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    numbers = ("state", "action", "reward") if family is PLANE else ("reward",)
+    assert gains == {f"embed_{name}.weight": pytest.approx(4) for name in numbers}
+
+
 def test_grid_coordinates_are_embedded_one_by_one_and_added():
     cells = torch.cartesian_prod(torch.arange(4), torch.arange(5))
     e = build().state_token(cells).view(4, 5, -1)
