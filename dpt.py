@@ -226,7 +226,7 @@ class DPT(Method):
 
     # Its settings join the command line (methods.py); its presets are Table 5's, "dpt" there.
     Model, Settings, Play = ModelSettings, DPTSettings, DPTPlay
-    try_next = "--prompt all of evaluate.py, every episode its memory: train on --prompt-length 300"
+    try_next = "--prompt all or last of evaluate.py: every episode its memory, or one"
 
     def network(self) -> DPTModel:
         settings = self.cfg.method
