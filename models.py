@@ -14,7 +14,7 @@ an action.
 
 Differs from the paper (switches): `token_shift` adds the previous token's embedding to each, so
 that a reward meets the state it led to without a layer having to find it; `routing`, `task_center`
-and `keys` (moe.py, contrastive.py); `components` (mixture.py).
+and `keys` (moe.py, contrastive.py); `components` (mixture.py); `embed_gain`, first weights.
 Differs from the official code: grid coordinates are embedded one by one and added, so that a
 held-out goal cell is not a symbol never seen; no NormFormer norms, head scales or spectral
 reparametrisation; dropout only after the embeddings and on both residual branches.

@@ -209,6 +209,8 @@ TRAINED = [  # method, family, rows of a batch, what differs from the paper
     ("dpt", "point-robot", 32, {}),
     ("ad", "cheetah-vel", 4, {}),
     ("dpt", "cheetah-vel", 32, {}),
+    ("dpt", "reach", 8, {"preset": "cpu"}),  # prompts of three --independent episodes
+    ("dpt", "reach", 8, {"preset": "cpu", "independent": False}),
 ]
 PLAYED = [  # method, family, tasks, episodes of history, what differs from the paper
     ("ad", "darkroom", 20, 4, {"routing": "prefix"}),
@@ -228,7 +230,7 @@ def measurements() -> dict[str, Callable[[], dict[str, float]]]:
     """All there are, by name."""
     named: dict[str, Callable[[], dict[str, float]]] = {}
     for backbone, env, rows, changes in TRAINED:
-        name = "-".join([backbone, env, "train", *changes.values()])
+        name = "-".join([backbone, env, "train", *map(str, changes.values())])
         named[name] = partial(training, env, backbone, rows, **changes)
     for backbone, env, tasks, history, changes in PLAYED:
         name = f"{backbone}-{env}-eval-episode"

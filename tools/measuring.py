@@ -42,7 +42,7 @@ def ceiling() -> float:
 
 # torch's counter does not know attention on the CPU. Where a token does not see those behind it the
 # kernel leaves them out, which halves the count.
-def _attention(query, key, value, dropout, causal=False, *_, out_shape=None, **__) -> int:
+def _attention(query, key, value, dropout=0.0, causal=False, *_, out_shape=None, **__) -> int:
     return sdpa_flop_count(query, key, value) // (2 if causal else 1)
 
 
