@@ -127,7 +127,7 @@ CPU_SHARED = {
 # actions. A first episode at random sees more than the mean action.
 _CPU_SAC_AD = dict(
     recipe="explore", best=0.1, steps=700, batch=12, episodes=15, first="random",
-    prompt_length=400, history=1, eval_every=250,
+    prompt_length=400, history=1, eval_every=250, task_balance=0.003,
 )
 _CPU_SAC_DPT = dict(
     recipe="explore", steps=600, batch=16, queries=32, episodes=10, eval_every=500,
