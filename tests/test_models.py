@@ -42,6 +42,14 @@ def qkv(s, keys, d, **options):
     return [torch.randn(2, 3, n, d, **options) for n in (s, keys, keys)]
 
 
+def agree(fast, slow, leaves):
+    """Equal values, and equal gradients in a random direction."""
+    assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    direction = torch.randn_like(slow)
+    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)]
+    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("d", [8, 16, 32])
 @pytest.mark.parametrize(
     "s, keys, masked", [(7, 7, False), (3, 7, False), (1, 7, False), (1, 1, False), (4, 7, True)]
@@ -51,22 +59,14 @@ def test_attention_matches_loop(s, keys, masked, d):
     if masked:
         mask = torch.rand(2, 1, s, keys) < 0.5
         mask[..., 2] = True  # every query sees something
-    fast, slow = (f(*leaves, mask) for f in (attention, slow_attention))
-    assert_close(fast, slow, atol=1e-5, rtol=1e-4)
-    direction = torch.randn(2, 3, s, d)
-    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)]
-    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    agree(attention(*leaves, mask), slow_attention(*leaves, mask), leaves)
 
 
 def test_stretches_match_a_mask_of_blocks():
     leaves, place = [x.requires_grad_() for x in qkv(12, 12, 16)], torch.arange(12)
     same = place[:, None] // 4 == place // 4
     block = (same & (place[:, None] >= place)).expand(2, 1, 12, 12)
-    fast, slow = in_stretches(*leaves, 4), slow_attention(*leaves, block)
-    assert_close(fast, slow, atol=1e-5, rtol=1e-4)
-    direction = torch.randn(2, 3, 12, 16)
-    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (fast, slow)]
-    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    agree(in_stretches(*leaves, 4), slow_attention(*leaves, block), leaves)
     assert torch.equal(in_stretches(*leaves, 12), attention(*leaves))  # one: plain causal attention
 
 
