@@ -113,7 +113,7 @@ class Teachers:
     teacher_seed: Seed = 0
     """Seed of the teachers' training."""
     teacher_group: Rows = 10
-    """SAC: tasks trained in one stack."""
+    """Tasks trained in one stack."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from torch import Tensor
 from collect import check, split_of, teacher_algorithm
 from config import Collection
 from envs import get_family
-from teachers.rollouts import Policies, join, load_policies, network_input, rollout
+from teachers.ppo import network_input
+from teachers.rollouts import Policies, join, load_policies, rollout
 from teachers.teachers import TrainedTeachers, train_teachers
 
 

@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from config import Data
-from envs import Family, get_family, make_batch
+from envs import get_family, make_batch
 from support.files import Damaged, load_tensors, save_arrays
+from teachers.ppo import network_input
 from teachers.sac import FORMAT, WEIGHTS, mlp, policy_file, squashed, two_seeds
 
 KINDS = ("sac", "ppo", "ppo-discrete")  # of policies in files
@@ -120,20 +121,6 @@ def join(stacks: Sequence[Policies]) -> Policies:
     first = stacks[0]
     joined = {name: torch.cat([p.tensors[name] for p in stacks]) for name in first.tensors}
     return Policies(first.kind, joined)
-
-
-def network_input(family: Family, states: np.ndarray) -> Tensor:
-    """What a teacher's network reads of states (..., ds): (..., in) float32.
-
-    Numbers as they are; of a grid each coordinate one-hot, one behind the other, which is how
-    stable-baselines3 reads `MultiDiscrete` observations.
-    """
-    numbers = torch.from_numpy(states)
-    if family.state_values is None:
-        return numbers.float()
-    coordinates = zip(numbers.long().unbind(-1), family.state_values, strict=True)
-    one_hot = [torch.nn.functional.one_hot(ids, values) for ids, values in coordinates]
-    return torch.cat(one_hot, -1).float()
 
 
 # ------------------------------------------------------------------------------------ episodes

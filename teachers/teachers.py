@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Teachers, Whose, Work
-from envs import get_family, make_batch, make_env, optimal_returns, random_returns
+from envs import get_family, make_batch, optimal_returns, random_returns
 from support.files import (
     Damaged,
     Wanted,
@@ -120,10 +120,6 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
         flag = f"--teacher-{foreign[0]}".replace("_", "-")
         raise ValueError(f"{env}'s teachers are trained by PPO, which has no {flag}")
     if isinstance(base, PPOConfig):
-        if settings.teacher != "each":
-            raise ValueError(
-                f"{env}'s teachers are trained by PPO, which has no --teacher {settings.teacher}"
-            )
         return replace(base, **given)
     if base.replay == base.steps:  # a replay that holds all of the training still does
         given["replay"] = given.get("steps", base.steps)
@@ -166,15 +162,13 @@ class Group:
 def groups_of(
     env: str, settings: Teachers, tasks: list, folder: Path, device: str = "cpu", train: int = 0
 ) -> list[Group]:
-    """SAC trains `teacher_group` tasks in one stack, PPO one by one; --teacher one, all together.
+    """`teacher_group` tasks are trained in one stack; --teacher one, all together.
 
     `train`: the first so many of `tasks` are no held-out ones (0: all). One teacher never plays
     those that are.
     """
     trained_by, teacher = algorithm(env, settings), settings.teacher
-    size = settings.teacher_group if isinstance(trained_by, SACConfig) else 1
-    if teacher == "one":
-        size = len(tasks)
+    size = len(tasks) if teacher == "one" else settings.teacher_group
     return [
         Group(
             env=env,
@@ -212,17 +206,17 @@ def train_group(group: Group, alive) -> None:
 
 def train_policies(group: Group, alive) -> None:
     """From the group's state, or from the beginning, to the last checkpoint."""
-    folder, trained_by = Path(group.folder), group.trained_by
+    trained_by, siblings = group.trained_by, group.teacher == "siblings"
+    one = group.teacher == "one"
+    batch = make_batch(group.env, group.tasks[: group.played] if one else group.tasks)
+    rest = group.seed, Path(group.folder), lambda *_: alive(), group.device
     if isinstance(trained_by, SACConfig):
-        played, build = group.tasks, partial(separate, siblings=group.teacher == "siblings")
-        if group.teacher == "one":
-            played, build = group.tasks[: group.played], partial(together, tasks=group.tasks)
-        batch = make_batch(group.env, played)
-        seed, device = group.seed, group.device
-        train_sac(batch, trained_by, seed, folder, lambda *_: alive(), device, build=build)
+        build = partial(separate, siblings=siblings)
+        if one:
+            build = partial(together, tasks=group.tasks)
+        train_sac(batch, trained_by, *rest, build=build)
     else:
-        environment = partial(make_env, group.env, group.tasks[0])
-        train_ppo(environment, trained_by, group.seed, folder, lambda *report: alive())
+        train_ppo(batch, trained_by, *rest, siblings=siblings)
 
 
 def measure(group: Group, alive) -> dict[str, np.ndarray]:

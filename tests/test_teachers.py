@@ -474,8 +474,8 @@ def test_groups_and_their_folders(tmp_path):
     found = groups_of("point-robot", teachers(group=3), tasks, tmp_path)
     assert [group.tasks for group in found] == [tasks[:3], tasks[3:6], tasks[6:]]
     assert [Path(group.folder).name for group in found] == ["group-000", "group-001", "group-002"]
-    single = groups_of("reach", teachers(group=3), tasks, tmp_path)  # PPO stacks nothing
-    assert [group.tasks for group in single] == [[task] for task in tasks]
+    likewise = groups_of("reach", teachers(group=3), tasks, tmp_path)  # PPO's are stacked too
+    assert [group.tasks for group in likewise] == [group.tasks for group in found]
 
 
 def test_highest_return_of_a_dataset():

@@ -40,12 +40,14 @@ import torch
 import tyro
 
 from config import Threads
-from envs import get_family, make_env, sample_tasks
+from envs import get_family, make_batch, make_env, sample_tasks
 from evaluate import play
 from support.checked import validated
 from support.command_line import one_line, preset_config
 from support.files import write_atomically
 from support.settings import with_values
+from teachers.ppo import PPOConfig, StackedPPO
+from teachers.ppo import play as play_ppo
 from teachers.sac import Replay, SACConfig, StackedSAC
 from tools import growth
 from tools.measuring import (
@@ -189,12 +191,44 @@ def sac_sb3(hidden: int) -> tuple[float, float]:
     return 1 / seconds, operations_of(update) / seconds
 
 
-def updating(way: Callable[[int], tuple[float, float]], hidden: int) -> dict[str, float]:
-    """Updates a second, summed over processes and tasks."""
+def on_all_cores(way: Callable[[Any], Any], what: Any) -> np.ndarray:
+    """The sum of what a process a core measures."""
     cores = os.cpu_count() or 1
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
-        updates, operations = np.sum(list(pool.map(way, [hidden] * cores)), axis=0)
+        return np.sum(list(pool.map(way, [what] * cores)), axis=0)
+
+
+def updating(way: Callable[[int], tuple[float, float]], hidden: int) -> dict[str, float]:
+    """Updates of SAC a second, summed over processes and tasks."""
+    updates, operations = on_all_cores(way, hidden)
     return {"updates_per_s": updates, "ceiling_share": operations / ceiling()}
+
+
+def ppo_stacked(env: str) -> float:
+    """Environment steps a second of one process, played and learnt from; Table 3's settings."""
+    torch.set_num_threads(1)
+    batch = make_batch(env, sample_tasks(env, TASKS, np.random.default_rng(0)))
+    agents, rng = StackedPPO(TASKS, batch.family, PPOConfig(1), 0), torch.Generator().manual_seed(0)
+
+    def segment() -> None:
+        agents.learn(play_ppo(batch, agents, rng)[0], rng)
+
+    return TASKS * agents.cfg.n_steps / seconds_of(segment, at_least=10.0)
+
+
+def ppo_sb3(env: str) -> float:
+    """The same of stable-baselines3, which trains one task."""
+    from stable_baselines3 import PPO
+
+    torch.set_num_threads(1)
+    (task,) = sample_tasks(env, 1, np.random.default_rng(0))
+    model = PPO("MlpPolicy", make_env(env, task), device="cpu")
+    return model.n_steps / seconds_of(lambda: model.learn(model.n_steps), at_least=10.0)
+
+
+def teaching(way: Callable[[str], float], env: str) -> dict[str, float]:
+    """Steps of PPO a second, summed over processes and tasks."""
+    return {"env_steps_per_s": float(on_all_cores(way, env))}
 
 
 # --------------------------------------------------------------------------------- what is measured
@@ -224,6 +258,7 @@ STEPPED = [  # family, ways to step many tasks
 ]
 LEARNED = [("dpt", "darkroom", 70.0), ("ad", "darkroom", 70.0)]  # only when named: many minutes
 UPDATED = [("stacked", sac_stacked), ("sb3", sac_sb3)]
+TAUGHT = [("stacked", ppo_stacked), ("sb3", ppo_sb3)]
 
 
 def measurements() -> dict[str, Callable[[], dict[str, float]]]:
@@ -239,6 +274,8 @@ def measurements() -> dict[str, Callable[[], dict[str, float]]]:
         named |= {f"env-{env}-{way}": partial(stepping, env, way) for way in ways}
     for hidden in (128, 256):
         named |= {f"sac-{hidden}-{name}": partial(updating, way, hidden) for name, way in UPDATED}
+    for env in ("reach", "push"):
+        named |= {f"ppo-{env}-{name}": partial(teaching, way, env) for name, way in TAUGHT}
     for backbone, env, passes in LEARNED:
         named[f"learn-{env}-{backbone}"] = partial(learning, env, backbone, passes)
     return named
