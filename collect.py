@@ -27,7 +27,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.settings import check_types
+from support.settings import check_types, said
 from support.user_file import code_of
 from teachers.ppo import PPOConfig
 from teachers.rollouts import make_part, parts_of
@@ -199,11 +199,11 @@ def settings_of(cfg: Collection) -> dict:
     """What fixes the bytes, tasks aside."""
     where = ("tasks", "datasets")  # where things are does not matter
     # whatever settings Data has: one that is added counts without a line here
-    settings = {name: value for name, value in asdict(cfg.data).items() if name not in where}
+    settings = {name: value for name, value in said(cfg.data).items() if name not in where}
     trained_by = teacher_algorithm(cfg)
     if trained_by is None:
         return settings
-    return settings | asdict(cfg.teachers) | {"algorithm": asdict(trained_by)}
+    return settings | said(cfg.teachers) | {"algorithm": said(trained_by)}
 
 
 def describe_dataset(cfg: Collection) -> dict:

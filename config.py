@@ -110,6 +110,8 @@ class Teachers:
     """SAC: entropy ratio, the weight of a policy's entropy beside its reward."""
     teacher_gamma: BelowOne = field(default=0.0, metadata={"before": 0.0})
     """Discount factor."""
+    teacher_layer_norm: bool = field(default=False, metadata={"before": False})
+    """SAC: the critics normalise their hidden layers (not the paper's)."""
     teacher_seed: Seed = 0
     """Seed of the teachers' training."""
     teacher_group: Rows = 10

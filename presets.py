@@ -85,7 +85,10 @@ CPU_DATA = {
     # multiples of 3: as many of each cluster
     "cheetah-vel-3cluster": dict(train_tasks=48, test_tasks=21, **_CPU_SAC),
     # what one teacher makes of 65 numbers generalises: as good on tasks it has never seen
-    "walker-param": dict(train_tasks=40, test_tasks=20, **_CPU_SAC),
+    "walker-param": _CPU_SAC | dict(
+        train_tasks=40, test_tasks=20, teacher_steps=80_000, teacher_save_every=4000,
+        teacher_lr=7e-4, teacher_gamma=0.97, teacher_layer_norm=True,
+    ),
     # Every step says how far the goal is: ten steps ahead are enough (gamma), and what one action
     # is worth is then a tenth of a value, not a hundredth. After more steps actions jump from bound
     # to bound, which returns as much and which is harder to imitate (FINDINGS.md)

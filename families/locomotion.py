@@ -248,6 +248,8 @@ WALKER_PARAM = Family(
     batch=BatchedWalkerParam,
     sample_tasks=sample_exponents,
     teacher="sac",
+    # Height, angles; then velocities, forward, upward and angular: ten times the angles.
+    state_units=((1.2, *[0.0] * 16), (0.2, *[0.4] * 7, 1.5, 1.5, *[4.0] * 7)),
     gym_id="t2mir/WalkerParam-v0",
     paper_return={"T2MIR-AD": 435.7, "T2MIR-DPT": 492.8, "AD": 395.2, "DPT": 425.9},
 )

@@ -80,6 +80,12 @@ def before(group: type) -> dict[str, Any]:
     return {f.name: f.metadata["before"] for f in fields(group) if "before" in f.metadata}
 
 
+def said(settings: Any) -> dict[str, Any]:
+    """`asdict` without what is as `before`: a name made of it outlives a setting that is added."""
+    old = before(type(settings))
+    return {k: v for k, v in asdict(settings).items() if k not in old or v != old[k]}
+
+
 def all_before(settings: Any) -> dict[str, Any]:
     """`before` of a dataclass and of all groups in it, by the settings' names."""
     found = before(type(settings))

@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class SACConfig:
     hidden: int = 128
     batch: int = 256
     replay: int = 100_000
+    # critics that normalise their hidden layers judge actions they have not seen less wildly
+    layer_norm: bool = field(default=False, metadata={"before": False})
 
 
 def two_seeds(*numbers: int) -> tuple[int, int]:
@@ -99,6 +101,11 @@ def mlp(
         if i < last:
             x = activation(x)
     return x
+
+
+def normed_relu(x: Tensor) -> Tensor:
+    """relu of hidden layers (..., hidden), each of mean 0 and variance 1; it has no weights."""
+    return F.layer_norm(x, x.shape[-1:]).relu()
 
 
 def squashed(out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +173,8 @@ class StackedSAC:
         """What two critics expect of actions (n, B, da) in states (n, B, ds): (2, n, B)."""
         x = torch.cat([states, actions], -1)
         # (2n, B, ds + da): the first critics of all tasks, then the second ones, read the same
-        return mlp(weights, torch.cat([x, x])).view(2, self.n, -1)
+        activation = normed_relu if self.cfg.layer_norm else torch.relu
+        return mlp(weights, torch.cat([x, x]), activation).view(2, self.n, -1)
 
     def update(
         self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, noise: Tensor

@@ -30,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, run_jobs
+from support.settings import said
 from support.user_file import code_of
 from teachers.conditioned import together
 from teachers.ppo import PPOConfig, train_ppo
@@ -110,7 +111,17 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
     that cannot be.
     """
     base, horizon = default_algorithm(env, settings.teacher), get_family(env).horizon
-    names = ("steps", "save_every", "warmup", "hidden", "batch", "lr", "alpha", "gamma")
+    names = (
+        "steps",
+        "save_every",
+        "warmup",
+        "hidden",
+        "batch",
+        "lr",
+        "alpha",
+        "gamma",
+        "layer_norm",
+    )
     given = {name: getattr(settings, f"teacher_{name}") for name in names}
     given = {name: value for name, value in given.items() if value}  # 0: the table's
     if not all(value > 0 for value in (settings.teacher_group, *given.values())):
@@ -297,7 +308,7 @@ class TrainedTeachers:
 def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list, train: int = 0) -> Path:
     """One folder for everything that changes the bytes; what its name does not say is hashed."""
     trained_by = algorithm(env, settings)
-    everything = json.dumps([env, asdict(settings), asdict(trained_by), tasks, train])
+    everything = json.dumps([env, said(settings), said(trained_by), tasks, train])
     everything += code_of(env)
     name = f"{get_family(env).name}-{settings.teacher}-{trained_by.steps}-s{settings.teacher_seed}"
     return root / "teachers" / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"

@@ -81,6 +81,15 @@ def test_a_number_that_never_varies_is_no_division_by_zero():
     assert one.coded.isfinite().all() and not one.coded[:, 1].any()
 
 
+def test_many_numbers_of_a_task_do_not_drown_the_state():
+    """Four numbers or fewer count as they are, 64 together as much as four."""
+    rng = torch.Generator().manual_seed(0)
+    for numbers, scale in ((1, 1.0), (4, 1.0), (64, 0.25)):
+        one = agent(tasks=torch.randn(4, numbers, generator=rng).tolist())
+        spread = one.coded[:3].std(0, correction=0)  # over the tasks that are played
+        torch.testing.assert_close(spread, torch.full((numbers,), scale))
+
+
 def test_a_family_that_knows_how_demonstrates_the_warm_up(tmp_path):
     """Noisier from task to task, the first exactly, none held out; then the agent acts."""
     asked, done = [], []

@@ -276,6 +276,26 @@ def test_the_actors_step_leaves_the_critics():
         torch.testing.assert_close(weight.grad, gradient)
 
 
+def test_layer_norm_is_of_the_critics_hidden_layers_alone():
+    """Layer by layer in NumPy; the actor and its updates' shapes are as without it."""
+    agents = StackedSAC(2, DS, DA, replace(UPDATES, layer_norm=True), 1)
+    rng = torch.Generator().manual_seed(0)
+    s, a = torch.randn(2, 5, DS, generator=rng), torch.rand(2, 5, DA, generator=rng)
+    found = agents.q(agents.critic, s, a).detach().numpy()
+    weights = [weight.detach().double().numpy() for weight in agents.critic]
+    for which, n, b in np.ndindex(2, 2, 5):
+        x, row = torch.cat([s, a], -1)[n, b].double().numpy(), 2 * which + n
+        for i in range(3):
+            x = x @ weights[2 * i][row] + weights[2 * i + 1][row, 0]
+            if i < 2:
+                x = ((x - x.mean()) / np.sqrt(x.var() + 1e-5)).clip(0)
+        np.testing.assert_allclose(found[which, n, b], x[0], atol=1e-5)
+    plain = StackedSAC(2, DS, DA, UPDATES, 1)
+    for mine, other in zip(agents.actor, plain.actor, strict=True):
+        assert torch.equal(mine, other)
+    assert (agents.q(agents.critic, s, a) - plain.q(plain.critic, s, a)).abs().max() > 0.01
+
+
 def test_played_actions_are_the_policys():
     agents, rng = StackedSAC(3, DS, DA, UPDATES, 0), torch.Generator().manual_seed(0)
     states = torch.randn(3, DS, generator=rng)

@@ -869,12 +869,27 @@ def test_teachers_of_other_settings_are_others(point_config):
         {"teacher_group": 2},
         {"teacher_lr": 1e-4},
         {"teacher_steps": 800},
+        {"teacher_layer_norm": True},
     ):
         assert folder(**change) != first
         assert dataset_folder(changed(point_config, **change)) != dataset_folder(point_config)
     assert folder(tasks[:-1]) != first
     for change in ({"quality": "medium"}, {"data_seed": 5}, {"data_episodes": 99}, {"workers": 3}):
         assert folder(**change) == first
+
+
+def test_a_setting_that_is_added_leaves_names_as_they_were(point_config, monkeypatch):
+    """What says `before` is in no name: folders of older versions are found again."""
+
+    def names():
+        tasks = [[0.0, 0.1]]
+        folder = teachers_folder(Path("data"), "point-robot", point_config.teachers, tasks)
+        return folder.name, dataset_folder(point_config).name
+
+    now, entry = names(), Teachers.__dataclass_fields__["teacher_layer_norm"]
+    older = {k: v for k, v in Teachers.__dataclass_fields__.items() if v is not entry}
+    monkeypatch.setattr(Teachers, "__dataclass_fields__", older)  # a version without the setting
+    assert names() == now
 
 
 # ----------------------------------------------------------------------- elsewhere, and interrupted
