@@ -65,6 +65,8 @@ from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import all_before, check_types, counting, flat, with_values
 
+WORDS = {"True": "true", "False": "false", "None": "null"}  # Python's, in JSON
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -185,7 +187,7 @@ def given_settings(command: Reproduction) -> dict[str, Any]:
         if name in varied:
             raise ValueError(f"--set {text}: {key} is not the same for all runs of the experiment")
         try:
-            given[name] = json.loads(value)  # numbers, true, false, null
+            given[name] = json.loads(WORDS.get(value, value))  # numbers, true, false, null
         except ValueError:
             given[name] = value  # a word
     return given

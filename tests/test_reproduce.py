@@ -21,7 +21,7 @@ from experiments.compare import COLUMNS, Cell, as_csv, as_markdown, interval, ma
 from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
 from experiments.projection import in_words
 from experiments.runs import FORMAT, _one_gpu, read_record
-from reproduce import Reproduction, plan
+from reproduce import Reproduction, given_settings, plan
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
 from support.files import only_writer, save_json
@@ -191,6 +191,14 @@ def test_what_cannot_be_is_one_line(tmp_path, line, named, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ended = run("reproduce.py", [*line.split()], monkeypatch, capsys)
     assert named in ended.error and list(tmp_path.iterdir()) == []
+
+
+def test_what_set_says_is_json_or_pythons_words():
+    texts = "token_shift=False", "task-center=true", "tasks=None", "lr=3e-4", "recipe=wander"
+    command = Reproduction("table1", ("darkroom",), ("dpt",), preset="cpu", set=texts)
+    assert given_settings(command) == {
+        "token_shift": False, "task_center": True, "tasks": None, "lr": 3e-4, "recipe": "wander",
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- experiments
