@@ -65,7 +65,7 @@ ROBOTS = (
 CHAINS = (
     f"--env {next(ROOT.glob('tests/*/chain.py'))} --train-tasks 3 --test-tasks 1 "
     "--data-episodes 20 --data-queries 40 --teacher-steps 2000 --teacher-save-every 200 "
-    "--datasets data"
+    "--teacher-group 2 --datasets data"
 )
 RUN = (
     f"--preset cpu --layers 2 --heads 2 --width 16 --ff 32 --token-hidden 24 --task-hidden 16 "
