@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from envs import Family
-from teachers.sac import WEIGHTS, Replay, SACConfig, StackedSAC, mlp, squashed
+from teachers.sac import Replay, SACConfig, StackedSAC, mlp, squashed
+from teachers.stored import WEIGHTS
 
 RELABELLED = 0.5  # of a sample's rows, where the family has a `reward`
 DEMONSTRATION_NOISE = 0.5  # deviation of the last task's demonstrations; the first task's have none

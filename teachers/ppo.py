@@ -40,15 +40,8 @@ from torch import Tensor
 
 from envs import Family
 from support.files import load_optimizer, optimizer_tensors
-from teachers.sac import (
-    WEIGHTS,
-    mlp,
-    other_environment,
-    read_state,
-    save_policies,
-    save_state,
-    two_seeds,
-)
+from teachers.sac import mlp, two_seeds
+from teachers.stored import WEIGHTS, other_environment, read_state, save_policies, save_state
 
 HIDDEN = 64  # units of both layers of both networks
 

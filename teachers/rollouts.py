@@ -40,11 +40,10 @@ from torch import Tensor
 
 from config import Data
 from envs import get_family, make_batch
-from support.files import Damaged, load_tensors, save_arrays
+from support.files import Damaged, save_arrays
 from teachers.ppo import network_input
-from teachers.sac import FORMAT, WEIGHTS, mlp, policy_file, squashed, two_seeds
-
-KINDS = ("sac", "ppo", "ppo-discrete")  # of policies in files
+from teachers.sac import mlp, squashed, two_seeds
+from teachers.stored import WEIGHTS, policy_file, read_policies
 
 
 # ------------------------------------------------------------------------------------ policies
@@ -96,24 +95,6 @@ def load_policies(folder: Path, steps: Sequence[int], row: int | slice = slice(N
             raise Damaged(f"{error}: collect.py with the same settings trains it anew") from None
         stacks.append(stack.of(row))
     return join(stacks)
-
-
-def read_policies(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The kind and all weights in one file. Raises Damaged with one line for anything else."""
-    tensors, header = load_tensors(path)
-    kind, shapes = header.get("kind", ""), {name: tuple(t.shape) for name, t in tensors.items()}
-    wanted = {*WEIGHTS, "log_std"} if kind == "ppo" else set(WEIGHTS)
-    if header.get("t2mir") != FORMAT or kind not in KINDS or shapes.keys() != wanted:
-        raise Damaged(f"{path} holds no policies of format {FORMAT}")
-    # each layer reads what the one before gives, for the same number of tasks
-    sizes = [shapes[f"w{i}"] for i in range(3)]
-    for i, size in enumerate(sizes):
-        follows = i == 0 or size[:2] == (sizes[0][0], sizes[i - 1][-1])
-        if len(size) != 3 or not follows or shapes[f"b{i}"] != (size[0], 1, size[2]):
-            raise Damaged(f"{path}: its layers do not fit one another")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise Damaged(f"{path} holds weights that are not finite")
-    return kind, tensors
 
 
 def join(stacks: Sequence[Policies]) -> Policies:

@@ -26,33 +26,19 @@ Shapes: n tasks, B rows of a replay sample, ds/da numbers of a state/an action.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Json
 from torch import Tensor
 
-from config import Count
-from support.checked import validated_strings
-from support.files import (
-    Damaged,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    save_tensors,
-)
-
-STATE = "state.safetensors"  # what training continues from; deleted once the policies are measured
-FORMAT = "2"  # of the files of policies and states
-WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")  # a policy's, by their names in a file
+from support.files import load_optimizer, optimizer_tensors
+from teachers.stored import WEIGHTS, other_environment, read_state, save_policies, save_state
 
 
 @dataclass(frozen=True)
@@ -283,66 +269,6 @@ class Replay:
         for name, array in self.arrays.items():
             saved = tensors[f"replay.{name}"]
             array[:, : saved.shape[1]] = saved
-
-
-# ------------------------------------------------------------------------------------- on disk
-def policy_file(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:010d}.safetensors"
-
-
-def save_policies(folder: Path, step: int, kind: str, weights: dict[str, Tensor]) -> None:
-    """The policies alone, stacked over tasks; `kind` says how they act (rollouts.Policies)."""
-    header = {"t2mir": FORMAT, "kind": kind, "step": str(step)}
-    save_tensors(policy_file(folder, step), weights, header)
-
-
-def save_state(
-    folder: Path, kind: str, tensors: dict[str, Tensor], step: int, settings: dict
-) -> None:
-    """Everything that training continues from; of SAC's, the replay is most."""
-    header = {"t2mir": FORMAT, "kind": kind, "step": str(step), "settings": json.dumps(settings)}
-    save_tensors(folder / STATE, tensors, header)
-
-
-@dataclass(frozen=True)
-class StateHeader:
-    """What state.safetensors says beside its tensors."""
-
-    t2mir: str  # FORMAT
-    kind: str
-    step: Count
-    settings: Json[dict[str, Any]]
-
-
-def read_state(folder: Path, kind: str, settings: dict) -> tuple[dict[str, Tensor], int]:
-    """Tensors and step of state.safetensors; none and 0 if there is no such file.
-
-    Raises ValueError with one line for a damaged or foreign file and for other settings.
-    """
-    path, again = folder / STATE, f"delete {folder} to train its tasks anew"
-    if not path.exists():
-        return {}, 0
-    try:
-        tensors, about = load_tensors(path)
-    except Damaged as error:
-        raise Damaged(f"{error}: {again}") from None
-    if (about.get("t2mir"), about.get("kind")) != (FORMAT, kind):
-        raise ValueError(f"{path} is no {kind} of format {FORMAT}: {again}")
-    header = validated_strings(StateHeader, about, f"{path}: ")
-    other = ", ".join(name for name in settings if header.settings.get(name) != settings[name])
-    if other:
-        raise ValueError(f"{path} is of other settings ({other}): {again}")
-    if header.step > settings["steps"] + settings.get("n_steps", 0):
-        raise ValueError(f"{path}: step {header.step} of {settings['steps']}: {again}")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"{path} holds numbers that are not finite: {again}")
-    return tensors, header.step
-
-
-def other_environment(folder: Path) -> ValueError:
-    """What to raise when the tensors of a state do not fit."""
-    path = folder / STATE
-    return ValueError(f"{path} is of another environment: delete {folder} to train its tasks anew")
 
 
 # ------------------------------------------------------------------------------------ training

@@ -53,8 +53,9 @@ from support.settings import said
 from support.user_file import code_of
 from teachers.conditioned import together
 from teachers.ppo import PPOConfig, train_ppo
-from teachers.rollouts import Behaviour, load_policies, read_policies, rollout
-from teachers.sac import STATE, SACConfig, policy_file, separate, train_sac
+from teachers.rollouts import Behaviour, load_policies, rollout
+from teachers.sac import SACConfig, separate, train_sac
+from teachers.stored import STATE, policy_file, read_policies
 
 # fmt: off
 PAPER = {

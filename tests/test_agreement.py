@@ -12,7 +12,8 @@ import torch
 from config import Collection, Data, Teachers
 from teachers.agreement import agreement, differences, measure, neighbours
 from teachers.rollouts import Policies
-from teachers.sac import WEIGHTS, init_mlp
+from teachers.sac import init_mlp
+from teachers.stored import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = [[0.0, 0.0], [1.0, 0.0], [0.1, 0.0], [0.9, 5.0]]

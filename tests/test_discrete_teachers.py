@@ -20,7 +20,7 @@ from data import load_dataset
 from envs import get_family, make_env
 from teachers.ppo import PPOConfig, network_input
 from teachers.rollouts import Policies, load_policies, rollout
-from teachers.sac import WEIGHTS
+from teachers.stored import WEIGHTS
 from teachers.teachers import algorithm, checkpoints
 
 SIDE, HORIZON = 4, 8

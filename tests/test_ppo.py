@@ -25,7 +25,7 @@ from envs import Family, SingleTask
 from support import files
 from teachers.ppo import PPOConfig, StackedPPO, gae, network_input, play, train_ppo
 from teachers.rollouts import load_policies
-from teachers.sac import STATE, read_state, save_state
+from teachers.stored import STATE, read_state, save_state
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
 

@@ -26,17 +26,8 @@ from envs import make_batch, random_returns
 from families.point_robot import POINT_ROBOT, BatchedPointRobot, point_robot_optimum
 from support.files import save_tensors
 from teachers import sac as module
-from teachers.sac import (
-    STATE,
-    Replay,
-    SACConfig,
-    StackedSAC,
-    init_mlp,
-    mlp,
-    policy_file,
-    squashed,
-    train_sac,
-)
+from teachers.sac import Replay, SACConfig, StackedSAC, init_mlp, mlp, squashed, train_sac
+from teachers.stored import STATE, policy_file
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
 

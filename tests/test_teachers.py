@@ -33,7 +33,8 @@ from teachers import rollouts
 from teachers import teachers as module
 from teachers.ppo import PPOConfig
 from teachers.rollouts import Policies, join, load_policies, make_part, parts_of, rollout
-from teachers.sac import STATE, WEIGHTS, SACConfig, policy_file, save_policies
+from teachers.sac import SACConfig
+from teachers.stored import STATE, WEIGHTS, policy_file, save_policies
 from teachers.teachers import (
     PAPER,
     Group,

@@ -50,8 +50,8 @@ from support.checked import read_json
 from support.command_line import one_line, parse_collection
 from support.files import progress
 from support.journal import Log
-from teachers.rollouts import read_policies
-from teachers.sac import STATE, SACConfig, StackedSAC, read_state, save_state
+from teachers.sac import SACConfig, StackedSAC
+from teachers.stored import STATE, read_policies, read_state, save_state
 from teachers.teachers import groups_of, load_levels
 
 ROOT = Path(__file__).resolve().parents[1]
