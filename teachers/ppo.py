@@ -22,7 +22,7 @@ of a rollout, bootstrapped by the value of its last state, and not played on in 
 that is what the segments cost.
 
 Shapes: n tasks, T = n_steps, B rows of a minibatch, di what a network reads (a state; of a grid
-its coordinates one-hot), do what the policy's says (da numbers, or logits of so many actions).
+its coordinates one-hot), da numbers in an action (or how many actions there are).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from envs import Family
 from support.files import load_optimizer, optimizer_tensors
 from teachers.sac import mlp, two_seeds
-from teachers.stored import WEIGHTS, other_environment, read_state, save_policies, save_state
+from teachers.stored import WEIGHTS, resume, save_policies, save_state
 
 HIDDEN = 64  # units of both layers of both networks
 
@@ -255,13 +255,8 @@ def train_ppo(
     first_weights, _ = two_seeds(*seed, 0)
     agents = StackedPPO(n, batch.family, cfg, first_weights, device, siblings)
     settings = {**asdict(cfg), "seed": [int(number) for number in seed], "n": n}
-    tensors, step = read_state(folder, "ppo-state", settings)
-    if tensors:
-        try:
-            agents.load(tensors)
-        except (KeyError, RuntimeError, ValueError):  # names, shapes, moments that do not fit
-            raise other_environment(folder) from None
-    else:  # policies whose state was deleted would mix two runs
+    step = resume(folder, "ppo-state", settings, agents)
+    if not step:  # policies whose state was deleted would mix two runs
         for path in folder.glob("step-*.safetensors"):
             path.unlink()
     kind, rng = "ppo-discrete" if agents.discrete else "ppo", torch.Generator(device)

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support.files import load_optimizer, optimizer_tensors
-from teachers.stored import WEIGHTS, other_environment, read_state, save_policies, save_state
+from teachers.stored import WEIGHTS, resume, save_policies, save_state
 
 
 @dataclass(frozen=True)
@@ -330,13 +330,7 @@ def train_sac(
     first_weights, _ = two_seeds(*seed, 0)
     agents, replay = build(batch, cfg, first_weights, device)
     settings = {**asdict(cfg), "seed": list(seed), "n": len(replay.task)}
-    tensors, replay.seen = read_state(folder, "sac-state", settings)
-    if tensors:
-        try:
-            agents.load(tensors)
-            replay.load(tensors)
-        except (KeyError, RuntimeError, ValueError):  # names, shapes, moments that do not fit
-            raise other_environment(folder) from None
+    replay.seen = resume(folder, "sac-state", settings, agents, replay)
     rng, written = torch.Generator(device), time.monotonic()
     while replay.seen < cfg.steps:
         # one segment. Its streams are named by its number (1, 2, ...; 0 drew the weights), so that

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Json
 from torch import Tensor
@@ -65,6 +65,12 @@ def save_state(
     save_tensors(folder / STATE, tensors, header)
 
 
+class Loads(Protocol):
+    """A part of a training: agents, a replay."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
 @dataclass(frozen=True)
 class StateHeader:
     """What state.safetensors says beside its tensors."""
@@ -100,7 +106,18 @@ def read_state(folder: Path, kind: str, settings: dict) -> tuple[dict[str, Tenso
     return tensors, header.step
 
 
-def other_environment(folder: Path) -> ValueError:
-    """What to raise when the tensors of a state do not fit."""
-    path = folder / STATE
-    return ValueError(f"{path} is of another environment: delete {folder} to train its tasks anew")
+def resume(folder: Path, kind: str, settings: dict, *parts: Loads) -> int:
+    """Load what training continues from into its parts; the step it is of, 0 if there is none.
+
+    Raises ValueError with one line for a state that is damaged, of other settings, or of sizes that
+    are not the parts'.
+    """
+    tensors, step = read_state(folder, kind, settings)
+    try:
+        for part in parts if tensors else ():
+            part.load(tensors)
+    except (KeyError, RuntimeError, ValueError):  # names, shapes, moments that do not fit
+        raise ValueError(
+            f"{folder / STATE} is of another environment: delete {folder} to train its tasks anew"
+        ) from None
+    return step

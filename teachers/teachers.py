@@ -30,9 +30,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,19 +113,10 @@ def algorithm(env: str, settings: Teachers) -> SACConfig | PPOConfig:
     that cannot be.
     """
     base, horizon = default_algorithm(env, settings.teacher), get_family(env).horizon
-    names = (
-        "steps",
-        "save_every",
-        "warmup",
-        "hidden",
-        "batch",
-        "lr",
-        "alpha",
-        "gamma",
-        "layer_norm",
-    )
-    given = {name: getattr(settings, f"teacher_{name}") for name in names}
-    given = {name: value for name, value in given.items() if value}  # 0: the table's
+    known = {f.name for config in (SACConfig, PPOConfig) for f in fields(config)}
+    named = {name.removeprefix("teacher_"): value for name, value in asdict(settings).items()}
+    # 0: the table's
+    given: dict[str, Any] = {k: v for k, v in named.items() if k in known and v}
     if not all(value > 0 for value in (settings.teacher_group, *given.values())):
         raise ValueError("settings of teachers must be positive (0: the paper's)")
     foreign = [name for name in given if not hasattr(base, name)]

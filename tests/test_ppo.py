@@ -246,12 +246,10 @@ def mean_return(folder, step, episodes=40):
     return total / episodes
 
 
-@torch.no_grad()
 def test_training_learns(tmp_path):
     cfg = PPOConfig(steps=6144, n_steps=256, lr=2e-3, gamma=0.9, save_every=3072)
     reports = []
-    with torch.enable_grad():
-        train_ppo(make(), cfg, (0,), tmp_path, lambda *report: reports.append(report))
+    train_ppo(make(), cfg, (0,), tmp_path, lambda *report: reports.append(report))
     random, policy = mean_return(None, 0), mean_return(tmp_path, 6144)
     # walking straight to the corner costs about 1.4, acting at random 12 or more
     assert random.max() < -10 and reports[0][1] < -10
