@@ -23,7 +23,6 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
 
     at_once()
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.settings import check_types, said
+from support.settings import check_types, said, short_hash
 from support.user_file import code_of
 from teachers.ppo import PPOConfig
 from teachers.rollouts import make_part, parts_of
@@ -225,7 +224,7 @@ def dataset_folder(cfg: Collection) -> Path:
     if data.tasks or data.train_tasks or data.test_tasks or teacher_algorithm(cfg) or own:
         # the algorithm too: where Table 2's defaults change in the code, so does the name
         everything = json.dumps([settings_of(cfg), split_of(cfg)]) + own
-        name += f"-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
+        name += f"-{short_hash(everything)}"
     return Path(data.datasets) / name
 
 

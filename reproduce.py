@@ -29,7 +29,6 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
 
     at_once()
 
-import hashlib
 import json
 import os
 import re
@@ -63,7 +62,7 @@ from support.command_line import (
 from support.distributed import resolve_device
 from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
-from support.settings import all_before, check_types, counting, flat, with_values
+from support.settings import all_before, check_types, counting, flat, short_hash, with_values
 
 WORDS = {"True": "true", "False": "false", "None": "null"}  # Python's, in JSON
 
@@ -215,7 +214,7 @@ def run_name(cfg: Config) -> str:
     # what no file name should hold; a long one ends in a hash of all of it
     text = re.sub(r"[^\w.=+-]", "_", "-".join(changed))
     if len(text) > 80:
-        text = f"{text[:60]}-{hashlib.sha256('-'.join(changed).encode()).hexdigest()[:8]}"
+        text = f"{text[:60]}-{short_hash('-'.join(changed))}"
     family = get_family(cfg.data.env).name
     parts = [family, Path(cfg.backbone).stem, text, cfg.preset, f"s{cfg.seed}"]
     return "-".join(filter(None, parts))

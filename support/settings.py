@@ -8,6 +8,7 @@ so that one more is one declaration.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -84,6 +85,11 @@ def said(settings: Any) -> dict[str, Any]:
     """`asdict` without what is as `before`: a name made of it outlives a setting that is added."""
     old = before(type(settings))
     return {k: v for k, v in asdict(settings).items() if k not in old or v != old[k]}
+
+
+def short_hash(text: str) -> str:
+    """Eight digits that change with the text: what the name of a folder has no room to say."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def all_before(settings: Any) -> dict[str, Any]:

@@ -27,7 +27,6 @@ Shapes: N tasks, C checkpoints, n tasks of a group, k episodes that measure a ch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -50,7 +49,7 @@ from support.files import (
     set_aside,
 )
 from support.jobs import bar_of, run_jobs
-from support.settings import said
+from support.settings import said, short_hash
 from support.user_file import code_of
 from teachers.conditioned import together
 from teachers.ppo import PPOConfig, train_ppo
@@ -304,7 +303,7 @@ def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list, train
     everything = json.dumps([env, said(settings), said(trained_by), tasks, train])
     everything += code_of(env)
     name = f"{get_family(env).name}-{settings.teacher}-{trained_by.steps}-s{settings.teacher_seed}"
-    return root / "teachers" / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
+    return root / "teachers" / f"{name}-{short_hash(everything)}"
 
 
 def train_teachers(
