@@ -84,7 +84,7 @@ def collect(data, train_tasks: list, index: int) -> dict[str, np.ndarray]:
     others = rng.random(episodes) >= OWN_SHARE
     who[others] = rng.integers(len(tasks), size=others.sum())
     noise = rng.random(episodes)[:, None]  # the chance of a random action at each step
-    room = Batch(np.repeat(tasks[index : index + 1], episodes, 0), seed=rng.integers(2**31))
+    room = Batch(np.repeat(tasks[index : index + 1], episodes, 0), seed=int(rng.integers(2**31)))
     steps, places = [], room.reset()
     for _ in range(HORIZON):
         random = rng.uniform(-1, 1, (episodes, 2))
