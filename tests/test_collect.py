@@ -1,6 +1,6 @@
 """Collection of a dataset (App. D.2) from DarkRoom's rule: same bytes however it was stopped.
 
-Families with trained teachers: test_teachers.py.
+Families with trained teachers: test_teachers_on_disk.py.
 Run: pytest tests/test_collect.py
 """
 

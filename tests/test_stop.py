@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM end a script with one line, from its imports on; errors are one line too.
 
-While it trains: test_checkpoint.py. While teachers train: test_teachers.py.
+While it trains: test_checkpoint.py. While teachers train: test_teachers_on_disk.py.
 Run: pytest tests/test_stop.py
 """
 
