@@ -223,6 +223,22 @@ def test_eq4_gate_of_the_whole_sequence_sees_the_future(gate, place):
     assert toys.changes_by_token(model, draw(model))[-1, 0]
 
 
+@pytest.mark.parametrize("moe", ["task", "both"])
+def test_eq4_as_written_and_prefix_are_one_rule_for_queries_behind_a_prompt(moe):
+    """Each query ends a sequence of its own, and nothing else is read: values, losses, gradients."""
+    found = []
+    for routing in ("sequence", "prefix"):
+        model = build("last", moe=moe, routing=routing)
+        batch = draw(model, rows=4, queries=3)
+        batch.visible[:] = torch.tensor([N, 0, 2])
+        output = model(batch)
+        (output.action.square().sum() + sum(output.losses.values())).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([output.action, *output.losses.values(), *gradients])
+    assert len(found[0]) == len(found[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_queries_behind_by_hand():
     view = queries_behind(4, torch.tensor([[4, 0], [1, 3]]))
     assert view.prompt == slice(0, 4) and view.visible.tolist() == [[4, 0], [1, 3]]
