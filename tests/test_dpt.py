@@ -225,7 +225,7 @@ def test_eq4_gate_of_the_whole_sequence_sees_the_future(gate, place):
 
 @pytest.mark.parametrize("moe", ["task", "both"])
 def test_eq4_as_written_and_prefix_are_one_rule_for_queries_behind_a_prompt(moe):
-    """Each query ends a sequence of its own, and nothing else is read: values, losses, gradients."""
+    """A query ends a sequence of its own, and nothing else is read: values, losses, gradients."""
     found = []
     for routing in ("sequence", "prefix"):
         model = build("last", moe=moe, routing=routing)
