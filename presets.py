@@ -86,7 +86,7 @@ CPU_DATA = {
     "cheetah-vel-3cluster": dict(train_tasks=48, test_tasks=21, **_CPU_SAC),
     # what one teacher makes of 65 numbers generalises: as good on tasks it has never seen
     "walker-param": _CPU_SAC | dict(
-        train_tasks=40, test_tasks=20, teacher_steps=80_000, teacher_save_every=4000,
+        train_tasks=40, test_tasks=20, teacher_steps=120_000, teacher_save_every=4000,
         teacher_lr=7e-4, teacher_gamma=0.97, teacher_layer_norm=True,
     ),
     # Every step says how far the goal is: ten steps ahead are enough (gamma), and what one action
@@ -162,7 +162,7 @@ CPU = {
     ("cheetah-vel-3cluster", "dpt"): _CPU_SAC_DPT,
     ("walker-param", "ad"): _CPU_SAC_AD,
     ("walker-param", "dpt"): _CPU_SAC_DPT,
-    ("reach", "ad"): _CPU_SAC_AD | dict(prompt_length=300, history=2),
+    ("reach", "ad"): _CPU_SAC_AD | dict(steps=2000, prompt_length=300, history=2),
     # where the goal is must be read from rewards alone, which 600 steps do not learn; three
     # episodes say it more exactly than one, and need not read one another
     ("reach", "dpt"): _CPU_SAC_DPT | dict(
