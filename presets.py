@@ -162,7 +162,8 @@ CPU = {
     ("cheetah-vel-3cluster", "dpt"): _CPU_SAC_DPT,
     ("walker-param", "ad"): _CPU_SAC_AD,
     ("walker-param", "dpt"): _CPU_SAC_DPT,
-    ("reach", "ad"): _CPU_SAC_AD | dict(steps=2000, prompt_length=300, history=2),
+    # noise: mean actions repeat the best episode, and what stopped short of the goal stays there
+    ("reach", "ad"): _CPU_SAC_AD | dict(steps=2000, prompt_length=300, history=2, noise=0.4),
     # where the goal is must be read from rewards alone, which 600 steps do not learn; three
     # episodes say it more exactly than one, and need not read one another
     ("reach", "dpt"): _CPU_SAC_DPT | dict(
