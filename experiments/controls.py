@@ -33,6 +33,7 @@ from families.point_robot import (
     BatchedPointRobot,
     point_robot_optimum,
     point_robot_teacher,
+    sample_goals,
 )
 
 # (8, 2, 2): the axes as they are or exchanged, and the sign of each
@@ -53,9 +54,11 @@ def split(tasks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def teacher(places: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    """The optimal action (N, 2) at places (N, 2): Point-Robot's, seen through the controls."""
+    """The optimal action (M, 2) at places (M, 2) of tasks (M, 3), or of one task (1, 3) for all:
+    Point-Robot's, seen through the controls.
+    """
     goals, controls = split(tasks)
-    return np.einsum("ni,nji->nj", point_robot_teacher(places, goals), controls)
+    return np.einsum("...i,...ji->...j", point_robot_teacher(places, goals), controls)
 
 
 class Batch(BatchedPointRobot):
@@ -66,29 +69,30 @@ class Batch(BatchedPointRobot):
         super().__init__(goals, seed)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        turned = np.einsum("ni,nij->nj", np.clip(actions, -1, 1), self.controls)
-        return super().step(turned)
+        # not clipped here: C turns the square into itself, so that to clip before or after is one
+        return super().step(np.einsum("ni,nij->nj", actions, self.controls))
 
 
 def sample(count: int, rng: np.random.Generator) -> np.ndarray:
     """(count, 3): goals as Point-Robot's; the controls in turn, so as many of each."""
-    goals = rng.uniform(-1, 1, (count, 2))
-    return np.column_stack([goals, np.arange(count) % len(CONTROLS)])
+    return np.column_stack([sample_goals(count, rng), np.arange(count) % len(CONTROLS)])
 
 
 def collect(data, train_tasks: list, index: int) -> dict[str, np.ndarray]:
     """The arrays of training task `index` (data.py says which)."""
     rng = np.random.default_rng([data.data_seed, index])
     episodes, tasks = data.data_episodes, np.asarray(train_tasks, float)
+    own = tasks[index : index + 1]  # (1, 3)
     who = np.full(episodes, index)
     others = rng.random(episodes) >= OWN_SHARE
     who[others] = rng.integers(len(tasks), size=others.sum())
+    played_for = tasks[who]  # (E, 3): what the teacher of each episode believes
     noise = rng.random(episodes)[:, None]  # the chance of a random action at each step
-    room = Batch(np.repeat(tasks[index : index + 1], episodes, 0), seed=int(rng.integers(2**31)))
+    room = Batch(np.repeat(own, episodes, 0), seed=int(rng.integers(2**31)))
     steps, places = [], room.reset()
     for _ in range(HORIZON):
         random = rng.uniform(-1, 1, (episodes, 2))
-        actions = np.where(rng.random((episodes, 1)) < noise, random, teacher(places, tasks[who]))
+        actions = np.where(rng.random((episodes, 1)) < noise, random, teacher(places, played_for))
         following, rewards = room.step(actions)
         steps.append((places, actions.astype(np.float32), rewards))
         places = following
@@ -96,13 +100,12 @@ def collect(data, train_tasks: list, index: int) -> dict[str, np.ndarray]:
     # labels anywhere that anybody has been: the rule knows what to do everywhere
     pick = rng.integers(episodes * HORIZON, size=data.data_queries)
     queries = states.reshape(-1, 2)[pick]
-    labels = teacher(queries, np.repeat(tasks[index : index + 1], len(queries), 0))
     return {
         "states": states,
         "actions": actions,
         "rewards": rewards,
         "query_states": queries,
-        "query_actions": labels.astype(np.float32),
+        "query_actions": teacher(queries, own).astype(np.float32),
     }
 
 
@@ -124,9 +127,11 @@ FAMILY = Family(
 
 
 def fewer(kinds: int) -> dict[str, list]:
-    """The default split with the first so many controls alone, as `--tasks FILE` takes it."""
-    tasks = {}
-    for number, (name, count) in enumerate((("train", FAMILY.train_tasks), ("test", 40))):
+    """A split as large as the default one, of the first so many controls (1, 2, 4 or 8) alone, with
+    other goals for each number, as `--tasks FILE` takes it.
+    """
+    tasks, sizes = {}, {"train": FAMILY.train_tasks, "test": FAMILY.test_tasks}
+    for number, (name, count) in enumerate(sizes.items()):
         drawn = sample(count, np.random.default_rng([kinds, number])).round(4)
         drawn[:, 2] %= kinds
         tasks[name] = drawn.tolist()

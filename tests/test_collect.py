@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import Trap, changed, rewrite
+from teaching import flip
 
 import collect as module
 from collect import collect, dataset_folder
@@ -134,12 +135,6 @@ def test_interrupted_write_leaves_no_part(tiny_config, tmp_path, monkeypatch):
 def trap(path):
     """A pickle that would leave a file behind it when it is opened."""
     path.write_bytes(pickle.dumps(Trap(path.with_name("sprung"))))
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
 
 
 def zeros(path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from teaching import one_line
 
 from support import files
 from support.files import (
@@ -67,12 +68,6 @@ def process(code, *args, hash_seed="0"):
     return subprocess.Popen(
         line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text
-    assert all(str(part) in text for part in parts), text
 
 
 # ------------------------------------------------------------------------------------------ tensors

@@ -27,11 +27,7 @@ from support.files import Damaged
 from teachers import teachers as module
 from teachers.rollouts import load_policies
 from teachers.stored import policy_file
-from teachers.teachers import (
-    groups_of,
-    load_levels,
-    teachers_folder,
-)
+from teachers.teachers import groups_of, load_levels, teachers_folder
 
 
 # ----------------------------------------------------------------------------------- whole datasets
