@@ -22,10 +22,11 @@ Not in the paper: it is here to find out where the experts pay (FINDINGS.md).
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
+from typing import Literal
 
 import numpy as np
+import tyro
 
 from envs import Family
 from families.point_robot import (
@@ -126,9 +127,9 @@ FAMILY = Family(
 )
 
 
-def fewer(kinds: int) -> dict[str, list]:
-    """A split as large as the default one, of the first so many controls (1, 2, 4 or 8) alone, with
-    other goals for each number, as `--tasks FILE` takes it.
+def fewer(kinds: tyro.conf.Positional[Literal[1, 2, 4, 8]]) -> dict[str, list]:
+    """A split as large as the default one, of the first so many controls alone, with other goals
+    for each number, as `--tasks FILE` takes it.
     """
     tasks, sizes = {}, {"train": FAMILY.train_tasks, "test": FAMILY.test_tasks}
     for number, (name, count) in enumerate(sizes.items()):
@@ -139,4 +140,4 @@ def fewer(kinds: int) -> dict[str, list]:
 
 
 if __name__ == "__main__":  # python -m experiments.controls 4 > four.json
-    print(json.dumps(fewer(int(sys.argv[1]))))
+    print(json.dumps(tyro.cli(fewer)))
