@@ -9,10 +9,9 @@ context, and no maximum. `best`, the highest point of the mean curve, is what th
 have; it is a little too high, the more so the fewer tasks there are.
 
 All seeds play the same held-out tasks, so scores are a matrix, seeds x tasks, and both are samples:
-of trainings and of tasks. `interval` draws rows and columns anew, each by themselves, as the
-curves' does (pictures/curves.py: what it is worth with few seeds). Seeds alone, as in the paper,
-would say nothing of other tasks; tasks within seeds would take what one task adds to all seeds for
-noise that averages out.
+of trainings and of tasks, and `interval` is over both (pictures/curves.py). Seeds alone, as in the
+paper, would say nothing of other tasks; all scores in one heap would take a task that is hard for
+every seed for so many independent draws.
 
 Shapes: S seeds, N tasks, E episodes, R repeats.
 """
@@ -28,7 +27,8 @@ import numpy as np
 
 from evaluate import LAST, normalised
 from experiments.runs import read_record
-from pictures.curves import as_csv, interval_over_seeds, read_returns
+from pictures import curves
+from pictures.curves import as_csv, read_returns
 from support.files import write_atomically
 
 # fmt: off
@@ -41,14 +41,11 @@ COLUMNS = (
 
 
 # --------------------------------------------------------------------------------------- statistics
-def interval(scores: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """95 % crossed bootstrap interval of the mean of (S, N) scores; NaN where there is one score.
-
-    Always the same for the same scores.
-    """
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of (S, N) scores; NaN where there is one score."""
     if scores.size < 2:
         return math.nan, math.nan
-    low, high = interval_over_seeds(scores[..., None], draws)
+    low, high = curves.interval(scores[..., None])
     return low.item(), high.item()
 
 
@@ -94,10 +91,10 @@ def read_runs(records: dict[int, Path]) -> Runs:
     known = {seed: read_record(path) for seed, path in sorted(records.items())}
     read = [read_returns(records[seed].parent / known[seed]["csv"]) for seed in known]
     tasks, returns = read[0]
-    for seed, (names, curves) in zip(known, read, strict=True):
-        if names != tasks or curves.shape != returns.shape:
+    for seed, (names, curve) in zip(known, read, strict=True):
+        if names != tasks or curve.shape != returns.shape:
             raise ValueError(f"{records[seed]}: another seed has played other tasks or episodes")
-    return Runs(list(known), tasks, np.stack([curves for _, curves in read]), list(known.values()))
+    return Runs(list(known), tasks, np.stack([curve for _, curve in read]), list(known.values()))
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -161,7 +158,7 @@ def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
         "any one episode, as in the paper. *Share*: of the way from the random policy to the "
         "optimum or, where none is known, to the tasks' own teachers (t). *Difference*: to the "
         "first variant of the family, backbone and group, paired over seeds and tasks. Intervals: "
-        "crossed bootstrap over seeds and tasks.",
+        "95 %, over seeds and tasks; of one seed, over tasks alone.",
         "",
         f"| {' | '.join(head)} |",
         "|" + " --- |" * len(head),

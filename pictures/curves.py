@@ -4,8 +4,8 @@ in : returns of seeds, tasks and episodes          out: PNG, PDF and CSV files
 Read beside evaluate.py, which draws one run with `draw_curve`; figures.py draws many runs.
 
 Shapes: S seeds, N tasks, E episodes.
-Differs from the paper: its interval is over five seeds of training. One run has no seeds to differ,
-so `interval` is over its tasks; `interval_over_seeds` is over both.
+Differs from the paper: its interval is over five seeds of training; `interval` is over seeds and
+tasks together, and of one run over its tasks.
 """
 
 from __future__ import annotations
@@ -15,39 +15,40 @@ import io
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import t as students_t
 
 from support.files import write_atomically
 
 
 # ---------------------------------------------------------------------------------------- intervals
 def interval(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean over tasks (axis 0), per episode (Sec. 5)."""
-    if len(returns) < 2:  # one task has no spread, and scipy refuses it
-        return returns[0], returns[0]
-    # tasks drawn with replacement, 2000 times; rng=0, so that a picture drawn again is the same
-    resampled = bootstrap((returns,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)
-    return resampled.confidence_interval.low, resampled.confidence_interval.high
+    """95 % interval of the mean of returns (S, N, E), over seeds and tasks: (E,) each.
 
-
-def interval_over_seeds(
-    returns: np.ndarray, resamples: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean of returns (S, N, E), over seeds and tasks: (E,) each.
-
-    Seeds and tasks are drawn with replacement, each by themselves (a crossed, or "pigeonhole",
-    bootstrap: Owen 2007): every seed was played on the same tasks, so the S*N returns are no
-    independent draws, and an interval that took them for such would be too narrow. With one seed it
-    is over tasks alone. Of S seeds a bootstrap sees (S - 1) / S of the variance: of few too little.
+    Every seed was played on the same tasks, so the S N returns are no independent draws: a return
+    is the mean, plus what its seed adds, what its task adds, and what is left. The variance of the
+    mean is then (A + B - C) / (S N), of three mean squares: A of the seeds, B of the tasks, C of
+    what is left. Each is known from few draws, so Student's t takes the place of 1.96, with the
+    degrees of freedom of their sum (Satterthwaite 1946). With one seed it is over tasks alone, and
+    says nothing of other seeds; with one task, over seeds; of one return it has no width.
     """
     seeds, tasks, _ = returns.shape
-    rng = np.random.default_rng(0)
-    # how often each was drawn, as weights: no copy of the returns for each resample
-    of_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    of_task = rng.multinomial(tasks, np.full(tasks, 1 / tasks), resamples) / tasks
-    means = np.einsum("rs,rn,sne->re", of_seed, of_task, returns, optimize=True)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return low, high
+    mean, of_seed, of_task = returns.mean((0, 1)), returns.mean(1), returns.mean(0)
+    if seeds == 1 or tasks == 1:
+        one = of_task if seeds == 1 else of_seed  # (N or S, E)
+        freedom = np.array(max(1, len(one) - 1))
+        variance = ((one - mean) ** 2).sum(0) / freedom / len(one)
+    else:
+        a = tasks * of_seed.var(0, ddof=1)
+        b = seeds * of_task.var(0, ddof=1)
+        left = returns - of_seed[:, None] - of_task + mean
+        c = (left**2).sum((0, 1)) / ((seeds - 1) * (tasks - 1))
+        # where chance makes C too large, the sum of variances may not be smaller than one of them
+        total = np.maximum(a + b - c, np.maximum(a, b))
+        spread = a**2 / (seeds - 1) + b**2 / (tasks - 1) + c**2 / ((seeds - 1) * (tasks - 1))
+        freedom = np.maximum(1, total**2 / np.where(spread > 0, spread, 1))
+        variance = total / (seeds * tasks)
+    half = students_t.ppf(0.975, freedom) * np.sqrt(variance)
+    return mean - half, mean + half
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -139,7 +140,7 @@ def curve_figure(
 
     episode = np.arange(1, returns.shape[1] + 1)
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    low, high = interval(returns)
+    low, high = interval(returns[None])
     axis.fill_between(episode, low, high, alpha=0.25, linewidth=0)
     axis.plot(episode, returns.mean(0), label="this run, 95 % over tasks")
     if ceiling is not None:
@@ -150,7 +151,8 @@ def curve_figure(
         if value is not None:
             label = f"{name} {value:.1f}"
             axis.axhline(value, color="gray", linestyle=style, linewidth=1, label=label)
-    axis.set(xlabel="episode", ylabel="return", title=title)
+    axis.set(xlabel="episode", ylabel="return")
+    axis.set_title(title, fontsize=10, wrap=True)
     axis.set_xlim(1, max(2, len(episode)))  # also of one episode: an axis needs a length
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, loc="best")
