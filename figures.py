@@ -24,13 +24,15 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
     at_once()
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pictures.assignments import draw_assignments
-from pictures.curves import interval_over_seeds, pyplot, save
+from pictures.curves import interval, pyplot, save
 from pictures.gradients import TRIANGLES, cosines, draw_triangles, kind_of
 from pictures.page import write_page
 from pictures.routers import has_experts
@@ -42,7 +44,7 @@ from support.command_line import one_line, parse_figures
 def curves(name: str, panels: dict[str, list[Run]], out: Path) -> list[Drawn]:
     """Return curves, a panel for each entry, with the interval over seeds and tasks."""
     panels = {title: runs for title, runs in panels.items() if runs}
-    family = next(iter(panels.values()))[0].method.cfg.data.env
+    family = next(iter(panels.values()))[0].method.family.name
     plt = pyplot()
     size = (4.8 * len(panels), 3.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
@@ -51,7 +53,7 @@ def curves(name: str, panels: dict[str, list[Run]], out: Path) -> list[Drawn]:
         for label, group in lines_of(runs):
             returns = stacked(group)  # (S, N, E)
             seeds, tasks, episodes = returns.shape
-            low, high = interval_over_seeds(returns)
+            low, high = interval(returns)
             mean, x = returns.mean((0, 1)), np.arange(1, episodes + 1)
             # of one episode alone a line has no length
             style = {"marker": "o"} if episodes == 1 else {}
@@ -61,11 +63,11 @@ def curves(name: str, panels: dict[str, list[Run]], out: Path) -> list[Drawn]:
                 named = dict(zip(("episode", "mean", "low", "high"), row, strict=True))
                 table.append({"panel": title, "line": label, **named, "seeds": seeds})
                 table[-1]["tasks"] = tasks
-        axis.set(title=title, xlabel="episode", ylabel="return on held-out tasks")
+        axis.set(title=f"{family}, {title}", xlabel="episode", ylabel="return on held-out tasks")
         axis.legend(fontsize=7)
-    stem = out / f"{name}-{Path(family).stem}"
+    stem = out / f"{name}-{family}"
     save(figure, stem, table)
-    return [Drawn(stem, "Mean over seeds and held-out tasks; shaded: 95 % bootstrap interval.")]
+    return [Drawn(stem, "Mean over seeds and held-out tasks; shaded: 95 % interval.")]
 
 
 def chosen(runs: list[Run], quality: str, ablations: bool) -> list[Run]:
@@ -97,7 +99,7 @@ def mixed(name: str, runs: list[Run], out: Path) -> list[Drawn]:
     some = chosen(runs, "mixed", ablations=False)
     if not some:
         raise LeftOut("no run of a whole method on Mixed data")
-    return curves(name, {f"{runs[0].method.family.name}, Mixed": some}, out)
+    return curves(name, {"Mixed": some}, out)
 
 
 def figure4(runs: list[Run], out: Path) -> list[Drawn]:
@@ -105,7 +107,7 @@ def figure4(runs: list[Run], out: Path) -> list[Drawn]:
     panels: dict[str, list[Run]] = {}
     for run in chosen(runs, "mixed", ablations=True):
         if hasattr(run.method.cfg.model, "moe"):
-            panels.setdefault(run.method.cfg.backbone.upper(), []).append(run)
+            panels.setdefault(Path(run.method.cfg.backbone).stem.upper(), []).append(run)
     kinds = {title: {r.method.cfg.model.moe for r in some} for title, some in panels.items()}
     panels = {title: some for title, some in panels.items() if len(kinds[title]) > 1}
     if not panels:
@@ -195,16 +197,25 @@ def draw_probabilities(run: Run, stem: Path) -> Drawn:
             row = {"task": float(number[place]), "expert": k + 1, "gate": gate}
             row |= {"first": float((seen.tasks.expert[here] == k).mean())}
             table.append(row | {"split": "test" if place < len(run.split.test) else "train"})
-    figure, axis = pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for k in range(seen.tasks.gate.shape[1]):
-        rows = [(row["task"], row["gate"]) for row in table if row["expert"] == k + 1]
-        axis.plot(*zip(*rows, strict=True), marker="o", markersize=3, label=f"expert {k + 1}")
+        rows = [row for row in table if row["expert"] == k + 1]
+        x, y = ([row[name] for row in rows] for name in ("task", "gate"))
+        used = max(y) >= 0.01  # the others are one flat line, and would fill the legend
+        axis.plot(x, y, color=f"C{k}", label=f"expert {k + 1}" if used else None)
+        inside = [f"C{k}" if row["split"] == "test" else "white" for row in rows]
+        axis.scatter(x, y, s=14, facecolors=inside, edgecolors=f"C{k}", zorder=3)
+    for name, face in (("held-out", "black"), ("trained on", "white")):
+        axis.scatter([], [], s=14, facecolors=face, edgecolors="black", label=name)
     if clusters([run]):
         from families.locomotion import CLUSTERS  # the simulator loads with it
 
         for left, right in pairwise(CLUSTERS):  # half way between two means
             axis.axvline((left + right) / 2, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="task", ylabel="probability", ylim=(-0.02, 1.02))
+    velocity = run.method.cfg.data.env.startswith("cheetah-vel")
+    what = "target velocity" if velocity else "the number that is the task"
+    axis.set(xlabel=what, ylabel="probability", ylim=(-0.02, 1.02))
     axis.set_title(f"{run.method.family.name}, {run.method.label} ({run.name})", fontsize=10)
     axis.legend(fontsize=7)
     save(figure, stem, table)
@@ -218,31 +229,40 @@ HEALTH = {  # a panel: its title, the columns of train.csv that it shows
     "accuracy of Eq. 7": ("accuracy", "accuracy_fresh", "chance"),
     "loss of Eq. 7, nats": ("info_nce", "contrastive_fresh"),
 }
+EXPERTS = {"token_least": "token_experts", "task_least": "task_experts"}  # the setting that is K
 
 
 def router_health(runs: list[Run], out: Path) -> list[Drawn]:
     """Routers over training, from train.csv: not in the paper, but the first thing to look at when
     experts do not specialise. `fresh`: on draws that no gradient came from.
     """
-    logs = {run.name: run.log() for run in with_experts(runs)}
-    figure, axes = pyplot().subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    table = []
+    runs, table, plt = with_experts(runs), [], pyplot()
+    logs = [run.log() for run in runs]
+    key: Any = partial(plt.Line2D, [], [])  # an entry of a legend
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, (title, columns) in zip(axes.flat, HEALTH.items(), strict=True):
-        for number, (name, rows) in enumerate(logs.items()):
+        keys = {}  # of the legend: a column is a style, a run is a colour
+        for number, (run, rows) in enumerate(zip(runs, logs, strict=True)):
             for column, style in zip(columns, ("-", "--", ":"), strict=False):
                 here = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
                 if here:
-                    rest = {"linestyle": style, "color": f"C{number % 10}"}
-                    axis.plot(*zip(*here, strict=True), label=f"{name}: {column}", **rest)
+                    axis.plot(*zip(*here, strict=True), linestyle=style, color=f"C{number}")
+                    keys[column] = key(linestyle=style, color="black", label=column)
                 for step, value in here:
-                    table.append({"run": name, "step": step, "column": column, "value": value})
+                    table.append({"run": run.name, "step": step, "column": column, "value": value})
+                if here and column in EXPERTS:
+                    equal = 1 / getattr(run.method.cfg.model, EXPERTS[column])
+                    axis.axhline(equal, linestyle=style, color="gray", linewidth=1)
+                    keys["equal"] = key(color="gray", linewidth=1, label="1/K: all alike")
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
-        if axis.lines:
-            axis.legend(fontsize=6)
+        axis.legend(handles=list(keys.values()), fontsize=6)
     if not table:
         raise LeftOut("train.csv of these runs knows nothing of routers")
-    stem = out / ("router_health" if len(runs) > 1 else f"router_health-{runs[0].name}")
+    colours = [key(color=f"C{n}", label=run.name) for n, run in enumerate(runs)]
+    figure.legend(handles=colours, loc="outside lower center", fontsize=7, ncols=2)
+    name = runs[0].name if len(runs) == 1 else runs[0].method.family.name
+    stem = out / f"router_health-{name}"
     save(figure, stem, table)
     return [
         Drawn(

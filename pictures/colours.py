@@ -14,6 +14,7 @@ import numpy as np
 
 from pictures.curves import pyplot
 from pictures.gradients import principal
+from pictures.runs import LeftOut
 
 # of the corners of a square of tasks: green, orange, blue, magenta
 CORNERS = np.array([[0.0, 0.5, 0.1], [1.0, 0.65, 0.0], [0.0, 0.3, 1.0], [0.9, 0.0, 0.7]])
@@ -50,12 +51,12 @@ def draw_key(figure: Any, axis: Any, tasks: np.ndarray) -> None:
 def points(x: np.ndarray) -> np.ndarray:
     """t-SNE of M representations (M, K): (M, 2). The same numbers give the same picture.
 
-    Raises ValueError for fewer than four of them.
+    Raises LeftOut for fewer than four of them.
     """
     from sklearn.manifold import TSNE  # seconds to import
 
     if len(x) < 4:
-        raise ValueError(f"t-SNE needs at least 4 points, not {len(x)}: more --tasks or --plays")
+        raise LeftOut(f"t-SNE needs at least 4 points, not {len(x)}: more --tasks or --plays")
     # From the two directions of largest spread, where there are two: a random start would throw
     # away which clusters are near one another.
     spread = np.linalg.matrix_rank(x - x.mean(0)) > 1

@@ -15,10 +15,11 @@ comparing T2MIR-AD (MoE) with AD (MLP)". Where the paper is silent, here it is
     of whom      a quadrant's gradient is the mean over prompts of its training tasks
 
 A mean over few prompts is noisy, and noise alone makes directions look orthogonal. So each group
-has two halves of prompts, and the cosine of a group with itself is that between its halves: what
-lies far below that is a difference, what lies near it may be noise. And where training has ended
-in a minimum, the gradients of all tasks add up to nothing: of four groups the cosines are then
-about -1/3 in the mean, whatever the network.
+has two halves of prompts. The cosine of a group with itself is that between its halves, the cosine
+of two groups the mean over the four pairs of a half of each: both are of halves, and equally noisy.
+What lies far below a group's own is a difference, what lies near it may be noise. And where
+training has ended in a minimum, the gradients of all tasks add up to nothing: of four groups the
+cosines are then about -1/3 in the mean, nearer to 0 with noise, whatever the network.
 
 Shapes: G groups, N tasks, P parameters.
 """
@@ -26,6 +27,7 @@ Shapes: G groups, N tasks, P parameters.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from envs import Family
 from methods import Method
 from pictures.curves import pyplot
 from pictures.routers import has_experts
+from pictures.runs import LeftOut
 
 QUADRANTS = ("I", "II", "III", "IV")
 ALIKE = ("states", "actions", "rewards", "query_states", "query_actions", "returns", "order")
@@ -85,7 +88,7 @@ def imitation_gradient(
     """The gradient of the imitation loss on so many prompts of the dataset's tasks.
 
     Returns {"layer": (P,), "all": (P,)}; "layer" only where the network has one that can be an MoE.
-    Raises ValueError for a method without a loss of that name.
+    Raises LeftOut for a method without a loss of that name.
     """
     named = [(n, p) for n, p in method.model.named_parameters() if p.requires_grad]
     method.model.eval()
@@ -97,7 +100,7 @@ def imitation_gradient(
         batch = method.sample(dataset, step, 1, rng).to(method.device)
         terms, _ = method.losses(batch)
         if "imitation" not in terms:
-            raise ValueError(f"{method.label} has no loss named imitation")
+            raise LeftOut(f"{method.label} has no loss named imitation")
         parameters = [p for _, p in named]
         found = torch.autograd.grad(terms["imitation"], parameters, allow_unused=True)
         for sum_of, gradient in zip(total, found, strict=True):
@@ -119,7 +122,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def cosines(method: Method, dataset: Dataset, prompts: int = 128, seed: int = 0) -> list[dict]:
     """Rows {parameters, a, b, cosine}: of every two groups of training tasks, each pair once, and
-    of each with itself, between its two halves of `prompts` prompts each.
+    of each with itself; each group has two halves of `prompts` prompts.
     """
     rng = torch.Generator().manual_seed(seed)
     halves = {
@@ -128,13 +131,11 @@ def cosines(method: Method, dataset: Dataset, prompts: int = 128, seed: int = 0)
     }
     rows, names = [], list(halves)
     for part in halves[names[0]][0]:
-        mean = {name: first[part] + second[part] for name, (first, second) in halves.items()}
         for i, a in enumerate(names):
-            rows.append({"parameters": part, "a": a, "b": a})
-            rows[-1]["cosine"] = cosine(*(half[part] for half in halves[a]))
-            for b in names[i + 1 :]:
-                value = cosine(mean[a], mean[b])
-                rows.append({"parameters": part, "a": a, "b": b, "cosine": value})
+            for b in names[i:]:
+                pairs = [halves[a]] if a == b else product(halves[a], halves[b])
+                values = [cosine(one[part], other[part]) for one, other in pairs]
+                rows.append({"parameters": part, "a": a, "b": b, "cosine": float(np.mean(values))})
     return rows
 
 
@@ -144,9 +145,15 @@ def kind_of(method: Method) -> str:
 
 
 # ------------------------------------------------------------------------------------------ drawing
+QUARTERS = (
+    "quarter 1 to 4: as many tasks each, from the lowest number upwards; where a task is more than "
+    "two numbers, along the direction in which tasks differ most"
+)
 TRIANGLES = (
-    "Cosine of the imitation loss's gradients between groups of tasks: above the diagonal with "
-    "experts (MoE), below without (MLP); on it, between two halves of a group's own prompts."
+    "Cosine of the imitation loss's gradients between groups of tasks, two halves of prompts each: "
+    "above the diagonal with experts (MoE), below without (MLP), the mean over pairs of halves; on "
+    "it between a group's own halves. I to IV: quadrants, where a task is two numbers; "
+    f"{QUARTERS}."
 )
 
 
@@ -185,5 +192,8 @@ def draw_triangles(rows: list[dict], title: str):
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=list(axes[0]), shrink=0.8, label="cosine")
-    figure.supxlabel("above the diagonal: with experts (MoE); below: without (MLP)", fontsize=8)
+    said = "above the diagonal: with experts (MoE); below: without (MLP)"
+    if not set(names) <= set(QUADRANTS):
+        said += f"\n{QUARTERS}".replace("; ", ";\n")
+    figure.supxlabel(said, fontsize=8)
     return figure

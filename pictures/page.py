@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
-from evaluate import reference_lines
+from evaluate import LAST, READS, play, reference_lines
 from pictures.curves import curve_figure, pyplot
+from pictures.frames import draw_frames
 from pictures.rooms import draw_rooms
 from pictures.runs import Drawn, LeftOut, Run
 from support.command_line import differences
@@ -91,17 +93,24 @@ def write_page(run: Run, drawn: dict[str, Drawn], path: Path) -> None:
         lines = reference_lines(run.method, run.split, "test")
         facts = [
             ("return, first episode", f"{returns[:, 0].mean():.2f}"),
-            ("return, last five episodes", f"{returns[:, -5:].mean():.2f}"),
+            (f"return, last {min(LAST, episodes)} episodes", f"{returns[:, -LAST:].mean():.2f}"),
             *((name, f"{value:.2f}") for name, value in lines.items() if value is not None),
         ]
         title = f"{run.method.family.name}, {run.method.label}"
-        curve = in_memory(curve_figure(title, returns, lines, None, ""), dpi=130)
+        curve = in_memory(curve_figure(title, returns, lines, *ceiling(run, episodes)), dpi=130)
         pictures.append(("Returns on held-out tasks", curve, BESIDE))
     except LeftOut as reason:
         facts = [("returns", str(reason))]
-    room = draw_rooms(run, max(episodes, 3))
+    episodes = max(episodes, 3)  # a first, a middle and a last one
+    room = draw_rooms(run, episodes)
     if room is not None:
         pictures.append(("At play on held-out tasks", in_memory(room), STARS))
+    try:
+        strip = draw_frames(run, episodes)
+        if strip is not None:
+            pictures.append(("The last episode on a held-out task", in_memory(strip), STRIP))
+    except LeftOut as reason:
+        facts.append(("frames of the simulator", str(reason)))
     for name, heading in HEADINGS.items():
         if name in drawn:
             png = drawn[name].stem.with_name(f"{drawn[name].stem.name}.png").read_bytes()
@@ -124,6 +133,19 @@ STARS = (
     "Stars: goals, which the policy is not told. For DarkRoom the belief beside each path is that "
     "of the exact posterior: what could be known of the goal before that episode."
 )
+STRIP = "Rendered by the simulator, on the first held-out task."
+
+
+def ceiling(run: Run, episodes: int) -> tuple[np.ndarray | None, str]:
+    """Returns (E,) of the exact policy with the run's memory, as evaluate.py draws them; a name."""
+    method, family = run.method, run.method.family
+    if family.ceiling is None:
+        return None, ""
+    memory = method.policy(method.cfg.play).memory
+    exact = family.ceiling(memory, method.cfg.play.play_seed)
+    # it samples, so its returns vary: 20 plays of each task
+    returns = play(method.cfg.data.env, run.split.test * 20, exact, episodes)
+    return returns.mean(0), f"exact posterior of {READS[memory]}"
 
 
 def in_memory(figure: Any, dpi: int = 110) -> str:

@@ -47,7 +47,7 @@ def darkroom(run: Run, tasks: list, history: list[Prompt], shown: list[int]):
     for place, episode in enumerate(shown):
         past = history[:episode]
         known = None
-        if past:  # what the policy remembered, of which the exact posterior makes the most
+        if past:  # the last episode, or all of them, also where AD has kept the best K alone
             known = past[-1] if memory == "last" else concatenate(past)
         belief = goal_posterior(known, len(tasks)).reshape(-1, 10, 10).numpy()
         for row, goal in enumerate(tasks):

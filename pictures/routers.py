@@ -103,7 +103,7 @@ class Seen:
 
 def has_experts(method: Method) -> bool:
     """Whether there is something to see: a user's own network may have no such layer."""
-    return isinstance(method.model, T2MIR) and bool(method.cfg.model.moe_blocks)
+    return isinstance(method.model, T2MIR) and method.cfg.model.moe != "none"
 
 
 def tokens_of(model: Any, prompt: Prompt) -> tuple[Tensor, View]:
@@ -122,7 +122,7 @@ def look(method: Method, prompt: Prompt, batch: int = 8) -> Seen:
     if not has_experts(method):
         raise ValueError(f"{method.label} has no experts")
     model: Any = method.model.eval()  # no noise, no dropout
-    layer = model.blocks[model.cfg.moe_blocks[-1]].ff
+    layer = model.blocks[model.cfg.moe_block].ff
     caught: list[Tensor] = []  # h of the layer that is looked at, of tau's tokens: (B, S, D) each
     hook = layer.register_forward_hook(
         lambda _module, args, _out: caught.append(args[0][:, args[1].prompt])  # h, view

@@ -23,9 +23,12 @@ from data import Dataset, load_dataset
 from evaluate import Evaluation, variant
 from methods import Method
 from pictures.curves import read_returns
-from pictures.routers import Seen, fresh, has_experts, look
+from pictures.routers import Seen, fresh, look
 from support import checkpoint
-from support.settings import FREE_GROUPS, counting
+from support.settings import counting
+
+# in which runs of one line may differ: seeds, and for how long each was played
+OF_ONE_LINE = ("seed", "play_seed", "episodes")
 
 
 class LeftOut(ValueError):
@@ -77,18 +80,15 @@ class Run:
     @cached_property
     def seen(self) -> tuple[Seen, np.ndarray]:
         """What its routers make of fresh trajectories, and the task of each, (M,): played once."""
-        if not has_experts(self.method):
-            raise LeftOut(f"{self.folder} has no experts")
         tau, task = fresh(self.method, self.tasks, self.settings.plays)
         return look(self.method, tau), task
 
     def returns(self) -> tuple[list[str], np.ndarray]:
         """Held-out tasks and returns (N, E) of the evaluation as training ended with it."""
         own = f"test-{variant(self.method, Evaluation('', play=self.method.cfg.play))}.csv"
-        there = sorted(path.name for path in self.folder.glob("test-*.csv"))
-        if own not in there and len(there) != 1:
+        if not (self.folder / own).exists():
             raise LeftOut(f"{self.folder} has no {own}: python evaluate.py {self.folder}")
-        return read_returns(self.folder / (own if own in there else there[0]))
+        return read_returns(self.folder / own)
 
     def log(self) -> list[dict[str, str]]:
         """The rows of train.csv; none where it is gone."""
@@ -103,18 +103,20 @@ class Run:
         cfg = self.method.cfg
         folder = self.settings.data or cfg.training.data or dataset_folder(cfg.collection)
         if not (Path(folder) / "meta.json").exists():
-            raise LeftOut(f"{self.folder} was trained on {folder}: name it with --data")
+            if self.settings.data:
+                raise LeftOut(f"there is no dataset in {folder}")
+            raise LeftOut(f"{self.folder} was trained on {folder}: not here; name it with --data")
         return load_dataset(folder, cfg.data.env)
 
     def line(self) -> dict[str, object]:
-        """All settings that make it another line in a figure: all but the seed and the like."""
-        settings = dict(counting(self.method.cfg, *FREE_GROUPS))
-        return {name: value for name, value in settings.items() if name != "seed"}
+        """All settings that make it another line in a figure, also those of how it plays."""
+        settings = dict(counting(self.method.cfg, "work", "run"))
+        return {name: value for name, value in settings.items() if name not in OF_ONE_LINE}
 
 
 def open_runs(settings: Figures) -> list[Run]:
     """The runs, read. Raises ValueError with one line for a folder that is no run, a run that is
-    not finished, and for runs of different families.
+    not finished, for runs of different families, and for one that is there twice.
     """
     if not settings.runs:
         raise ValueError("name the runs first: python figures.py runs/... runs/...")
@@ -127,13 +129,18 @@ def open_runs(settings: Figures) -> list[Run]:
             done = f"{header.step} of {steps} steps"
             raise ValueError(f"{place} is not finished ({done}): train.py --resume goes on")
         split = checkpoint.read_tasks(place, method.cfg.data.env)
-        runs.append(Run(Path(place), method, split, settings))
-        first, env = runs[0], method.cfg.data.env
-        if env != first.method.cfg.data.env:
-            raise ValueError(
-                f"{first.folder} is of {first.method.cfg.data.env}, {place} of {env}: "
-                "draw one family at a time"
-            )
+        run = Run(Path(place), method, split, settings)
+        for other in runs:
+            env, known = method.cfg.data.env, other.method.cfg.data.env
+            if env != known:
+                raise ValueError(
+                    f"{other.folder} is of {known}, {place} of {env}: draw one family at a time"
+                )
+            if run.line() == other.line() and method.cfg.seed == other.method.cfg.seed:
+                raise ValueError(  # it would count as another seed
+                    f"{other.folder} and {place} have equal settings and the same seed: name one"
+                )
+        runs.append(run)
     return runs
 
 
@@ -148,7 +155,7 @@ class Drawn:
 def lines_of(runs: list[Run]) -> list[tuple[str, list[Run]]]:
     """Runs of equal settings but for the seed together, and a name for each such line.
 
-    Its name is the method's; lines of one name add the settings in which they differ.
+    Its name is the method's, and the settings in which it differs from other lines of its backbone.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -157,9 +164,13 @@ def lines_of(runs: list[Run]) -> list[tuple[str, list[Run]]]:
     named = []
     for group in groups:
         name, own = group[0].method.label, group[0].line()
-        others = [g[0].line() for g in groups if g[0].method.label == name and g is not group]
-        differ = [k for k in own if any(own[k] != other.get(k) for other in others)]
-        said = ", ".join(f"{k} {own[k]}" for k in differ)
+        differ = set()
+        for other in (g[0] for g in groups if g[0].line()["backbone"] == own["backbone"]):
+            line = other.line()
+            # methods of different names are those that `moe` chooses: said already
+            known = {"moe"} if other.method.label != name else set()
+            differ |= {k for k in own if own[k] != line.get(k)} - known
+        said = ", ".join(f"{k} {own[k]}" for k in own if k in differ)
         named.append((f"{name} ({said})" if said else name, group))
     return named
 
