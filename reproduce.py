@@ -13,10 +13,11 @@ experiments/compare.py. Here: which runs there are, what they will take, and in 
 are done:
 
     plan       every run of the experiment, its settings checked; nothing is written yet
-    measure    a few steps and episodes of each family and method, on data without a meaning
+    measure    a few steps and episodes of each size, on data without a meaning
     collect    the datasets, one after another; runs that share one find it whole
     run        train.py and evaluate.py, one run a core or GPU (experiments/runs.py)
-    table      of all runs that are finished
+    table      of all finished runs of this preset and --set in the folder of the results, also
+               of families, methods and seeds that the command does not name
 
 A run is named by its settings, so that experiments share it. What is finished is skipped, what was
 stopped continues: after a kill, type the same command again.
@@ -34,7 +35,9 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +50,10 @@ from data import read_meta
 from envs import get_family
 from experiments.compare import Cell, as_markdown, make_rows, write_table
 from experiments.paper import Experiment, get_experiment, variants_of
-from experiments.projection import Trial, in_words, measure, seconds_of
-from experiments.runs import NOT_STARTED, Job, finished, steps_done, work
+from experiments.projection import project
+from experiments.runs import NOT_STARTED, Job, check_folder, finished, recorded, steps_done, work
 from methods import names
+from support.checkpoint import load_weights
 from support.command_line import (
     as_flags,
     check,
@@ -63,6 +67,7 @@ from support.distributed import resolve_device
 from support.files import only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import all_before, check_types, counting, flat, short_hash, with_values
+from train import make_method
 
 WORDS = {"True": "true", "False": "false", "None": "null"}  # Python's, in JSON
 
@@ -98,7 +103,7 @@ class Reproduction:
     runs: Text = "runs/paper"
     """Folder of the runs: weights and logs. Experiments share it."""
     results: Text | None = None
-    """Folder of the evaluations and the table (default: results/paper/ and the experiment)."""
+    """Folder of evaluations and of a table of one preset and --set (default: results/paper/...)."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def plan(command: Reproduction) -> tuple[list[Run], list[str]]:
     for name in ("backbones", "seeds"):
         if not getattr(command, name):
             raise ValueError(f"--{name} names none")
+    check_folder("--runs", command.runs)
+    check_folder("--results", results_of(command))
     gpus = 0 if command.cluster else count_gpus(given)
     # on the CPU one core a run; a GPU's runs share what there is
     threads = max(1, (os.cpu_count() or 1) // at_a_time(command, gpus)) if gpus else 1
@@ -168,6 +175,11 @@ def cells(name: str, experiment: Experiment, base: Config) -> list[tuple[Cell, C
     return found
 
 
+def title_of(cell: Cell) -> str:
+    parts = cell.env, Path(cell.backbone).stem, cell.group, cell.variant
+    return ", ".join(filter(None, parts))
+
+
 def given_settings(command: Reproduction) -> dict[str, Any]:
     """What --set says: {setting: value}. Raises ValueError with one line."""
     known: set[str] = set()
@@ -185,6 +197,8 @@ def given_settings(command: Reproduction) -> dict[str, Any]:
             raise ValueError(f"--set {text}: it must be one of train.py's settings, key=value")
         if name in varied:
             raise ValueError(f"--set {text}: {key} is not the same for all runs of the experiment")
+        if name in given:
+            raise ValueError(f"--set names {key} twice")
         try:
             given[name] = json.loads(WORDS.get(value, value))  # numbers, true, false, null
         except ValueError:
@@ -198,8 +212,10 @@ def count_gpus(given: dict[str, Any]) -> int:
 
 
 def check_run(cfg: Config) -> None:
-    """Raises ValueError with one line for settings or data that cannot be."""
+    """Raises ValueError with one line for settings, weights or data that cannot be."""
     check(cfg)
+    if cfg.training.init:
+        load_weights(cfg.training.init, make_method(cfg, torch.device("cpu")))
     if cfg.training.data:
         read_meta(cfg.training.data, cfg.data.env)
     else:
@@ -256,30 +272,7 @@ def results_of(command: Reproduction) -> str:
     return command.results or f"results/paper/{command.experiment}"
 
 
-# --------------------------------------------------------------------------- measure, collect, run
-def project(runs: list[Run], command: Reproduction, slots: int) -> None:
-    """Print how long the runs will take, by a short trial of each family and method."""
-    trials: dict[tuple[str, str], Trial] = {}
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
-        place = run.cfg.data.env, run.cfg.backbone
-        if place not in trials:
-            trials[place] = measure(run.cfg, command.trial, command.repeats)
-        left = seconds_of(run.cfg, steps_done(run.job), trials[place])
-        seconds.setdefault(place, []).append(left)
-    for (env, backbone), trial in trials.items():
-        own = seconds[env, backbone]
-        each = " to ".join(dict.fromkeys(map(in_words, (min(own), max(own)))))
-        print(f"  {env}, {Path(backbone).stem}: {trial}; {len(own)} runs of {each}")
-    every = [left for own in seconds.values() for left in own]
-    # no run is shared out: the longest one is the least that all of them take
-    total = max(max(every), sum(every) / slots)
-    print(
-        f"projected: {in_words(total)} with {slots} at a time, at least; collecting data that are "
-        "missing is not counted"
-    )
-
-
+# ------------------------------------------------------------------------------------ collect, run
 def collect_all(runs: list[Run], command: Reproduction, deadline: float) -> dict[str, str]:
     """Make every dataset once. Returns {run: why not} of the runs whose dataset cannot be made."""
     torch.set_num_threads(1)  # more change the rounding (collect.py)
@@ -335,18 +328,24 @@ def reproduce(command: Reproduction) -> None:
         todo = {run.job.name: run for run in runs if not finished(run.job)}
         different = {run.job.name for run in runs}
         print(f"{command.experiment} ({get_experiment(command.experiment).source}):")
+        for title, own in groupby(runs, lambda run: title_of(run.cell)):
+            done = {run.seed: run.job.name not in todo for run in own}
+            print(f"  {title}: seeds {' '.join(map(str, done))}, {sum(done.values())} finished")
         print("\n".join([*alone, f"{len(different)} runs, {len(different) - len(todo)} finished"]))
         failed: dict[str, str] = {}
         if todo and command.trial:
-            project(list(todo.values()), command, slots)
+            known = [(title_of(run.cell), run.cfg, steps_done(run.job)) for run in todo.values()]
+            # how many cores a cluster has is not known here
+            project(known, command.trial, command.repeats, None if command.cluster else slots)
         if todo:
             failed = collect_all(list(todo.values()), command, deadline)
             jobs = [run.job for name, run in todo.items() if name not in failed]
             failed |= run_all([replace(job, deadline=deadline) for job in jobs], command, slots)
-        report(runs, command, results)
+        report(command, results)
     left = [name for name, why in failed.items() if why == NOT_STARTED]
     if left:
-        print(f"{len(left)} runs were not started; the same command goes on with them")
+        again = "the same command" + (" without --minutes" if command.minutes == 0 else "")
+        print(f"{len(left)} runs were not started; {again} goes on with them")
     wrong = {name: why for name, why in failed.items() if why != NOT_STARTED}
     for name, why in wrong.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
@@ -354,14 +353,32 @@ def reproduce(command: Reproduction) -> None:
         raise SystemExit(1)
 
 
-def report(runs: list[Run], command: Reproduction, results: Path) -> None:
+def finished_cells(command: Reproduction) -> list[Cell]:
+    """The experiment's cells with all their finished runs in the folder of the results, also those
+    that this command does not name: a narrower one takes no row from the table of a wider one.
+    """
+    experiment, given, found = get_experiment(command.experiment), given_settings(command), []
+    seeds = recorded(Path(results_of(command)))
+    places = [*product(experiment.envs, ("ad", "dpt")), *sorted(seeds)]  # the paper's order first
+    for env, backbone in dict.fromkeys(place for place in places if place in seeds):
+        # what is read from disk never chooses a file that is run: the command names it
+        files = {name for name in (env, backbone) if name.endswith(".py")}
+        if files - {*command.envs, *command.backbones}:
+            continue
+        with suppress(ValueError):  # records of a family or method that is no longer there
+            base = preset_config(resolve_preset(command.preset), env, backbone)
+            for cell, cfg in cells(command.experiment, experiment, with_values(base, given)):
+                for seed in seeds[env, backbone]:
+                    job = make_job(command, replace(cfg, seed=seed), gpus=0)
+                    if finished(job):
+                        cell.records[seed] = job.record
+                found.append(cell)
+    return found
+
+
+def report(command: Reproduction, results: Path) -> None:
     """The table of what is finished; of an experiment without a finished run there is none."""
-    table: dict[int, Cell] = {}
-    for run in runs:
-        table[id(run.cell)] = run.cell
-        if finished(run.job):
-            run.cell.records[run.seed] = run.job.record
-    rows = make_rows(list(table.values()))
+    rows = make_rows(finished_cells(command))
     if rows:
         title = f"{command.experiment}: {get_experiment(command.experiment).source}"
         write_table(results, rows, title)

@@ -1,6 +1,6 @@
 """projection.py: how long runs will take, by a short trial of each kind (reproduce.py).
 
-in : the settings of a run          out: seconds
+in : runs, as their settings and the steps that they have behind them          out: printed
 Nothing of the paper is here. The trial trains an untrained network on data without a meaning, so
 that nothing has to be collected first, and plays held-out tasks with it.
 """
@@ -17,10 +17,13 @@ from config import Config
 from data import read_meta
 from evaluate import play
 from support.distributed import resolve_device
+from support.settings import flat
 from tools.measuring import random_dataset
 from train import draw, make_method, training_step
 
 LONGEST = 20.0  # seconds of steps that a trial measures at most
+# whole numbers that change the cost of neither a step nor an episode
+NO_SIZE = ("steps", "warmup", "episodes", "play_seed")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,33 @@ class Trial:
 
     def __str__(self) -> str:
         return f"{self.step:.3f} s a step, {self.episode:.2f} s an episode"
+
+
+def project(
+    runs: list[tuple[str, Config, int]], steps: int, repeats: int, slots: int | None
+) -> None:
+    """Print how long runs (title, settings, steps done) will take, by a trial of each size.
+
+    `steps` are the trial's; `slots` runs are done at a time, None: nobody knows.
+    """
+    alike: dict[tuple, list[tuple[str, Config, int]]] = {}
+    for run in runs:
+        cfg = run[1]
+        alike.setdefault((cfg.data.env, cfg.backbone, sizes(cfg)), []).append(run)
+    every = []
+    for group in alike.values():
+        trial = measure(group[0][1], steps, repeats)
+        own = [seconds_of(cfg, done, trial) for _, cfg, done in group]
+        first, *others = dict.fromkeys(title for title, _, _ in group)
+        like_it = f" and {len(others)} like it" if others else ""
+        each = " to ".join(dict.fromkeys(map(in_words, (min(own), max(own)))))
+        print(f"  {first}{like_it}: {trial}; {len(own)} runs of {each}")
+        every += own
+    total = f"{in_words(sum(every))} of core time"
+    if slots:
+        # a run uses one core: all of them take at least as long as the longest
+        total = f"{in_words(max(max(every), sum(every) / slots))} with {slots} at a time"
+    print(f"projected: {total}, at least; collecting data that are missing is not counted")
 
 
 def measure(cfg: Config, steps: int, repeats: int) -> Trial:
@@ -57,6 +87,19 @@ def measure(cfg: Config, steps: int, repeats: int) -> Trial:
     an_episode = (time.perf_counter() - begun) / 2
     torch.set_num_threads(threads)
     return Trial(a_step, an_episode)
+
+
+def sizes(cfg: Config) -> tuple[int, ...]:
+    """What a trial depends on: runs with equal sizes share one.
+
+    Sizes are the whole numbers among the settings of network, batch and memory, and how many tasks
+    are played. Fractions cost nothing, and words and switches (which layers have experts, say) far
+    less than a number that is twice as large.
+    """
+    groups = cfg.method, cfg.model, cfg.training, cfg.play
+    values = {name: value for group in groups for name, value in flat(group).items()}
+    found = [v for k, v in values.items() if type(v) is int and k not in NO_SIZE]
+    return (*found, cfg.data.test_tasks)
 
 
 def held_out(cfg: Config) -> list:

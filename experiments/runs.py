@@ -89,6 +89,26 @@ def finished(job: Job) -> bool:
     return same and (job.record.parent / record["csv"]).exists()
 
 
+def recorded(results: Path) -> dict[tuple[str, str], set[int]]:
+    """{(family, method): seeds} of all records in a folder."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for path in results.glob("*.json"):
+        try:
+            settings = read_record(path)["settings"]
+        except ValueError:  # another file, or a damaged one
+            continue
+        found.setdefault((settings["env"], settings["backbone"]), set()).add(settings["seed"])
+    return found
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """Raises ValueError with one line for a folder that is not there and cannot be made."""
+    path = Path(folder).absolute()
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {folder}: {there} is no folder that can be written to")
+
+
 def steps_done(job: Job) -> int:
     """Training steps that train.csv knows of: cheap, for a progress bar."""
     try:

@@ -19,9 +19,9 @@ from tiny import SMALL
 from envs import FAMILIES, get_family
 from experiments.compare import COLUMNS, Cell, as_csv, as_markdown, interval, make_rows, paired
 from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
-from experiments.projection import in_words
+from experiments.projection import Trial, in_words, project, sizes
 from experiments.runs import FORMAT, _one_gpu, read_record
-from reproduce import Reproduction, given_settings, plan
+from reproduce import Reproduction, given_settings, plan, run_name
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
 from support.files import only_writer, save_json
@@ -45,6 +45,12 @@ def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
     return line + [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in small.items()]
 
 
+def but(line, *settings) -> list[str]:
+    """A command line that ends in settings, with other values of these."""
+    others = {text.partition("=")[0] for text in settings}
+    return [word for word in line if word.partition("=")[0] not in others] + list(settings)
+
+
 def names(argv) -> dict[int, str]:
     """{seed: name} of the runs of a command line."""
     found = dict(zip(argv, [*argv[1:], ""], strict=True))
@@ -65,7 +71,7 @@ def table(folder):
 def test_a_killed_command_goes_on_without_repeating_a_finished_run(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    tiny += ["steps=150", "log_every=50"]
+    tiny = but(tiny, "steps=150", "log_every=50")
     with at_home():
         first = run("reproduce.py", [*tiny, "--seeds", "0"], monkeypatch, capsys)
     assert first.code == 0 and "1 runs, 0 finished" in first.out, first.err
@@ -141,7 +147,7 @@ def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monk
 
 def test_a_dataset_that_cannot_be_made_fails_its_runs_alone(tiny, tmp_path, monkeypatch, capsys):
     """The folder of its name holds another dataset."""
-    argv = [*tiny, f"datasets={tmp_path / 'data'}", "--seeds", "0"]
+    argv = [*but(tiny, f"datasets={tmp_path / 'data'}"), "--seeds", "0"]
     (tmp_path / "data").write_text("no folder")
     with at_home():
         ended = run("reproduce.py", argv, monkeypatch, capsys)
@@ -153,12 +159,37 @@ def test_the_projection_and_no_run_after_the_minutes(tiny, tmp_path, monkeypatch
     argv = [*tiny, "--seeds", "0", "1", "--trial", "1", "--minutes", "0"]
     with at_home():
         ended = run("reproduce.py", argv, monkeypatch, capsys)
-    assert ended.code == 0 and "2 runs were not started" in ended.out, ended.err
-    assert "s a step" in ended.out and "projected: " in ended.out
+    assert ended.code == 0 and "s a step" in ended.out and "projected: " in ended.out, ended.err
+    assert "  darkroom, dpt, T2MIR: seeds 0 1, 0 finished\n2 runs, 0 finished\n" in ended.out
+    last = ended.out.splitlines()[-1]
+    assert last == "2 runs were not started; the same command without --minutes goes on with them"
     assert not (tmp_path / "runs").exists()
     assert [in_words(s) for s in (3, 119, 150, 9000, 260_000)] == [
         "3 s", "119 s", "2.5 min", "2.5 h", "3.0 days"
     ]  # fmt: skip
+
+
+def test_each_size_has_a_trial_and_a_cluster_counts_core_time(monkeypatch, capsys):
+    tried = []
+
+    def measure(cfg, *_):
+        tried.append((cfg.model.width, cfg.training.batch))
+        return Trial(0.1, 0)
+
+    monkeypatch.setattr("experiments.projection.measure", measure)
+    given = "steps=600", "width=64", "batch=36", "lr=0.002", "optimizer=muon"
+    variants = "cpu", "lr 0.0003", "optimizer adamw", "width 128", "batch 32"
+    command = Reproduction("departures", ("darkroom",), ("dpt",), variants, (0, 1), "cpu", given)
+    runs = [(run.cell.variant, run.cfg, 0) for run in plan(command)[0]]
+    for slots, total in ((2, "5.0 min with 2"), (20, "60 s with 20"), (None, "10.0 min of core")):
+        tried.clear()
+        project(runs, 1, 1, slots)
+        assert tried == [(64, 36), (128, 36), (64, 32)]
+        out = capsys.readouterr().out
+        assert f"projected: {total}" in out and "cpu and 2 like it: 0.100 s a step" in out
+    for name in ("table1", "ablation", "quality"):
+        runs, _ = plan(Reproduction(name, ("push",), ("ad",), seeds=(0,), preset="cpu"))
+        assert len({sizes(run.cfg) for run in runs}) == 1 < len(runs)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +211,14 @@ def test_the_projection_and_no_run_after_the_minutes(tiny, tmp_path, monkeypatch
         ("table1 --set lr", "--set lr"),
         ("table1 --set speed=3", "--set speed=3"),
         ("table1 --set lr=fast", "--lr 'fast'"),
+        ("table1 --set w-load=1 w_load=2", "--set names w_load twice"),
         ("table1 --set moe=both", "moe is not the same for all runs"),
         ("quality --set quality=mixed", "quality is not the same for all runs"),
         ("table1 --set seed=3", "seed is not the same for all runs"),
         ("table1 --envs darkroom --set data=nowhere", "no dataset in nowhere"),
+        ("table1 --envs darkroom --set init=nowhere", "nowhere has no checkpoint"),
+        ("table1 --runs /dev/null", "--runs /dev/null: /dev/null is no folder"),
+        ("table1 --results /dev/null/x", "--results /dev/null/x: /dev/null is no folder"),
         ("departures --preset paper", "no departures"),
     ],
 )
@@ -305,8 +340,9 @@ def test_experiments_share_runs_and_settings_tell_them_apart():
     assert len({*one.values(), *two.values()}) == 3 * (2 + 3 - 1)
     given = planned("table1", "lr=0.5", "noise=0.1", "threads=2")
     assert given["plain", 0] == "point-robot-ad-moe=none-lr=0.5-noise=0.1-cpu-s0"
-    long = planned("table1", "init=../c d", "lr=0.5", "batch=8", "steps=7", "ff=64")
-    assert all(len(name) < 120 and "/" not in name and " " not in name for name in long.values())
+    base = preset_config("cpu", "point-robot", "ad")
+    for name in (run_name(with_values(base, {"init": "../c d" * n})) for n in (1, 50)):
+        assert len(name) < 120 and "/" not in name and " " not in name
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -322,7 +358,7 @@ def test_intervals_are_as_wide_as_the_means_vary():
         half = []
         for _ in range(12):
             scores = draws(rng, seeds, tasks, *spread)
-            low, high = interval(scores, 1000)
+            low, high = interval(scores)
             assert low < scores.mean() < high
             half.append((high - low) / 2 / 1.96)
         of_seed, of_task, of_both = spread
@@ -332,17 +368,15 @@ def test_intervals_are_as_wide_as_the_means_vary():
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
     rng, inside = np.random.default_rng(2), 0
-    for _ in range(150):
-        low, high = interval(draws(rng, 12, 25, 1, 1, 1), 300)
+    for _ in range(300):
+        low, high = interval(draws(rng, 3, 20, 1, 1, 1))
         inside += low < 3 < high
-    assert 0.87 < inside / 150 < 0.995  # 0.95; a bootstrap of 12 seeds is a little too narrow
+    assert 0.9 < inside / 300 < 0.985
 
 
 def test_interval_of_little():
     assert interval(np.full((3, 4), 2.5)) == (2.5, 2.5)
     assert all(map(math.isnan, interval(np.ones((1, 1)))))
-    scores = draws(np.random.default_rng(0), 3, 5, 1, 1, 1)
-    assert interval(scores) == interval(scores.copy())
 
 
 def test_paired_differences_leave_out_what_both_have():
@@ -393,14 +427,48 @@ def test_rows_of_a_table(tmp_path):
     assert (one["difference"], four["difference"]) == (None, None)  # each is the first of its own
     # seed 1 alone is in both: (2, 6) less (5, 7)
     assert (two["mean"], two["share"], two["repeats"]) == (4, 0.4, 2)
-    assert (two["difference"], two["difference_low"], two["difference_high"]) == (-2, -3, -1)
+    wide = 12.7062  # Student's t of two tasks: their mean is known from one difference
+    assert (two["difference"], two["difference_low"]) == pytest.approx((-2, -2 - wide), abs=1e-3)
     assert (three["mean"], three["difference"]) == (4, None)  # of other tasks
     lines = as_markdown(rows, "title").splitlines()
     assert lines[0] == "# title" and len([line for line in lines if line.startswith("| dark")]) == 4
-    assert "| 90.9 ± 0.1 | 5.50 [4.00, 7.00] | 9.00 | 69 % |" in "\n".join(lines)
-    assert "| 4.00 [2.00, 6.00] | 4.00 | 40 % (t) | -2.00 [-3.00, -1.00] |" in "\n".join(lines)
+    bounds = f"[{one['low']:.2f}, {one['high']:.2f}]"
+    assert f"| 90.9 ± 0.1 | 5.50 {bounds} | 9.00 | 69 % |" in "\n".join(lines)
+    assert "| 4.00 [-21.41, 29.41] | 4.00 | 40 % (t) | -2.00 [-14.71, +10.71] |" in "\n".join(lines)
     means = [row["mean"] for row in csv.DictReader(as_csv(rows).splitlines())]
     assert means == ["5.5", "4", "4", "4"]
+
+
+def test_a_narrower_command_keeps_the_rows_of_a_wider_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results" / "paper" / "table1"
+    results.mkdir(parents=True)
+    wide = Reproduction("table1", ("point-robot", "darkroom"), seeds=(0, 1), preset="cpu")
+    for planned in plan(wide)[0]:
+        facts = {"repeats": 3, "settings": planned.job.settings}
+        fake(results, planned.job.name[:-1], planned.seed, [[1, 2]] * 6, **facts)
+    (tmp_path / "mine.py").write_text("open('ran', 'w')")  # what a record names must not be run
+    facts["settings"] = facts["settings"] | {"backbone": "mine.py"}
+    fake(results, "mine", 0, [[1, 2]] * 6, **facts)
+    (results / "note.json").write_text("{}")
+
+    line = ["table1", "--preset", "cpu", "--minutes", "0", "--trial", "0", "--envs"]
+    narrow = [*line, "darkroom", "--backbones", "dpt", "--seeds", "1", "--variants", "plain"]
+    with at_home():
+        ended = run("reproduce.py", narrow, monkeypatch, capsys)
+    assert ended.code == 0 and "1 runs, 1 finished" in ended.out, ended.err
+    rows = table(results)
+    assert [(row["env"], row["backbone"], row["variant"]) for row in rows] == list(
+        itertools.product(("darkroom", "point-robot"), ("ad", "dpt"), ("T2MIR", "plain"))
+    )
+    assert all(row["seeds"] == "0 1" for row in rows) and not (tmp_path / "ran").exists()
+    before = contents(results)
+    with at_home():  # another family adds nothing yet, other settings have no finished run
+        for more in (["push"], ["darkroom", "--set", "lr=0.1"]):
+            assert run("reproduce.py", [*line, *more], monkeypatch, capsys).code == 0
+    assert {name: text for name, (text, _) in contents(results).items()} == {
+        name: text for name, (text, _) in before.items()
+    }
 
 
 def test_what_is_no_evaluation_is_one_line(tmp_path):
