@@ -7,7 +7,8 @@ AD (algorithm distillation) imitates histories in which a policy gets better. Ha
 returns rise from episode to episode, the network goes on like that in a task it has never seen.
 
     tokens (Eq. 9)      s_0 a_0 r_0  s_1 a_1 r_1 ...    n steps of L episodes, ascending by return
-    read (Eq. 10)       a_t is predicted at s_t, from all tokens up to it
+    read (Eq. 10)       a_t is predicted at s_t, from all tokens up to it (and, in training with
+                        --routing sequence, through the gate of Eq. 4, whose h_bar is of all)
     at test time        the K best episodes so far, ascending, then the running one (Algorithm 2)
 
 Symbols (paper -> here): hist_t -> Prompt; tau_i, tau'_i -> two draws of a task, neighbours in the
@@ -22,7 +23,7 @@ of their task, where the paper imitates every episode of a history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from methods import Method
 from mixture import is_mixture, mixture
 from models import T2MIR, ModelSettings, Output
 from moe import View
-from policies import ModelPolicy, check_play, concatenate
+from policies import ModelPolicy, concatenate
 
 
 @dataclass
@@ -67,10 +68,11 @@ class ADPlay(Play):
 
 
 def eq10_imitation_loss(action: Tensor, target: Tensor, discrete: bool) -> Tensor:
-    """L(theta) = -sum log pi(a_t | s_t; hist)   (Eq. 10; Eq. 11 with a* for a_t), a mean here.
+    """L(theta) = -sum log pi(a_t | s_t; hist)   (Eq. 10; Eq. 11 with a* for a_t)
 
-    action (B, R, A) and target (B, R) ids: cross-entropy; target (B, R, A): the mean squared error,
-    which is the log-likelihood of a Gaussian of fixed width; target (B, R, da) and the numbers of a
+    The mean over rows and predictions stands for the sum. action (B, R, A) and target (B, R) ids:
+    cross-entropy; target (B, R, A): the mean squared error, which is the negative log-likelihood of
+    a Gaussian of fixed width, up to a factor and a constant; target (B, R, da) and the numbers of a
     mixture: its negative log-likelihood (mixture.py). In float32 also under autocast.
     """
     # A loss sums many small numbers: bfloat16, with 8 bits of precision, would lose most of them.
@@ -93,8 +95,9 @@ class ADModel(T2MIR):
         x = self.shifted(self.embed_prompt(batch.prompt))  # (B, 3n, D)
         tokens = torch.arange(x.shape[1], device=x.device)
         view = View(slice(0, x.shape[1]))  # tau is all of it, seen causally
-        # Read at every third token, s_t: a_t stands behind it, so nothing that is read knows it.
-        # One pass trains all n terms of Eq. 10. The token's number modulo 3 is its modality.
+        # Read at every third token, s_t: a_t stands behind it, so nothing that is read knows it but
+        # the gate of --routing sequence, whose h_bar is the mean of the whole row (moe.py). One
+        # pass trains all n terms of Eq. 10. The token's number modulo 3 is its modality.
         return self.output(x, view, tokens[::3], tokens % 3, batch.task)
 
     def last_action(self, prompt: Prompt) -> Tensor:
@@ -162,11 +165,6 @@ class AD(Method):
         imitation = eq10_imitation_loss(action, target, discrete)
         return {"imitation": imitation, **output.losses}, output.metrics
 
-    def after_step(self) -> None:
-        # Algorithm 1, line 15: Eq. 8. After the step, because the key router follows the weights
-        # that the step has made; before it, this step's keys would already be others.
-        self.model.update_key_router()
-
     def policy(self, play: ADPlay) -> ADPolicy:
         return ADPolicy(self, play)
 
@@ -180,7 +178,6 @@ class AD(Method):
 
     @classmethod
     def check(cls, cfg: Config, family: Family) -> None:
-        check_play(cfg.play, family)
         cfg.model.check_batch(cfg.training)
 
 
@@ -190,11 +187,10 @@ def sort_and_drop(episodes: list[Prompt], keep: int) -> list[Prompt]:
 
     Ties keep the order of play, so that of equal episodes the oldest goes first.
     """
-    columns = ("states", "actions", "rewards")
     # (N, episodes, T, ...): every task has an order of its own, so an episode of the answer is
     # another one of the given in each row.
-    stacked = [torch.stack([getattr(p, name) for p in episodes], 1) for name in columns]
-    returns = stacked[2].sum(-1)  # (N, episodes)
+    stacked = [torch.stack([getattr(p, f.name) for p in episodes], 1) for f in fields(Prompt)]
+    returns = stacked[2].sum(-1)  # of the rewards: (N, episodes)
     order = returns.argsort(dim=1, stable=True)[:, -keep:]  # (N, keep): the last ones are the best
     task = torch.arange(len(order))
     return [Prompt(*(array[task, order[:, i]] for array in stacked)) for i in range(order.shape[1])]
@@ -209,10 +205,9 @@ class ADPolicy(ModelPolicy):
 
     def begin(self, history: list[Prompt], rows: int) -> None:
         super().begin(history, rows)
-        if history:  # only the newest is news: what was dropped before stays dropped
-            self.kept = sort_and_drop([*self.kept, history[-1]], self.play.history)  # lines 10-13
-        else:
-            self.kept: list[Prompt] = []  # line 2; the K best, ascending, (N, T) each
+        # Lines 2, 10-13: the K best, ascending, (N, T) each. Of all episodes at once they are those
+        # that dropping one after each episode leaves.
+        self.kept = sort_and_drop(history, self.play.history) if history else []
         self.now: list[Prompt] = []  # the running episode, a prompt of one step each
         if self.model.cfg.decodable:
             # A new cache for each episode: with another order or another episode dropped, the keys

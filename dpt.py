@@ -8,7 +8,8 @@ any transitions of the task, in any order. What it converges to is the posterior
 actions given the prompt, so that it acts as posterior sampling does.
 
     tokens, query first (paper)   q  s_1 a_1 r_1  s_2 a_2 r_2 ...     a* is predicted at q and at
-                                                                      every s, from all before it
+                                  every s, from all before it (and, in training with --routing
+                                  sequence, through the gate of Eq. 4, whose h_bar is of all)
     tokens, query last (switch)   s_1 a_1 r_1 ... s_n a_n r_n | q q q    a* is predicted at each q,
                                   which sees the first `visible` steps of the prompt and itself
     at test time                  the prompt is the previous episode (Algorithm 4), or all so far
@@ -25,7 +26,7 @@ with a query in front the prompt's tokens depend on it: a new query is a new pas
 Differs from the paper (switches): with `--query-position last` many labels share one pass over a
 prompt (`--queries`), and at test time the prompt's keys and values are computed once an episode;
 `--prompt all` grows the prompt over the episodes; with `--independent` these do not attend to one
-another, which a posterior does not need. Both draws of a task are imitated, as in ad.py.
+another (`DPTModel` says why they need not). Both draws of a task are imitated, as in ad.py.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from envs import Family
 from methods import Method
 from models import T2MIR, ModelSettings, Output
 from moe import View
-from policies import Memory, ModelPolicy, check_play, concatenate
+from policies import Memory, ModelPolicy, concatenate
 
 
 @dataclass
@@ -122,8 +123,8 @@ class DPTModel(T2MIR):
     ):
         super().__init__(cfg, family)
         self.query_last = query_last
-        # What a prompt tells is a product of what its episodes tell, each by itself: none has to
-        # read another. Cost then grows with their number, and not with its square.
+        # The posterior is a product of one factor an episode, so none has to read another. Cost
+        # then grows with their number, and not with its square.
         self.stretch = 3 * family.horizon if independent else 0
 
     def embed_query(self, states: Shaped[Tensor, "B Q ds"]) -> Float[Tensor, "B Q D"]:
@@ -202,8 +203,9 @@ def with_pools(
     A long search in few tokens. All its rewards are alike, so that it does not matter which step
     of a state is kept, nor what stands behind it.
     """
+    most = min(most, dataset.episodes)  # a folder of --data may have any number
     returns = dataset.returns[task]  # (B, E)
-    quiet = returns == returns.min(dim=1, keepdim=True).values  # what finds nothing
+    quiet = returns == returns.min(dim=1, keepdim=True).values  # the task's lowest returns
     # places of the largest of E random numbers; all others come behind the quiet ones
     order = (torch.rand(returns.shape, generator=rng) + quiet).topk(most, dim=1).indices
     count = 1 + (torch.rand(len(task), generator=rng) * most).long()
@@ -252,10 +254,6 @@ class DPT(Method):
         imitation = eq10_imitation_loss(output.action, target, discrete)  # Eq. 11: a* for a_t
         return {"imitation": imitation, **output.losses}, output.metrics
 
-    def after_step(self) -> None:
-        # Algorithm 3, line 22: Eq. 8, of the weights that the step has made
-        self.model.update_key_router()
-
     def policy(self, play: DPTPlay) -> DPTPolicy:
         return DPTPolicy(self, play)
 
@@ -286,16 +284,12 @@ class DPT(Method):
 
     @classmethod
     def check(cls, cfg: Config, family: Family) -> None:
-        check_play(cfg.play, family)
         cfg.model.check_batch(cfg.training, cfg.method.queries)
         settings, model = cfg.method, cfg.model
         last = settings.query_position == "last"
-        if settings.queries > 1 and not last:
-            raise ValueError("--queries above 1 needs --query-position last")
-        if (settings.short or settings.empty) and not last:
-            raise ValueError("--short and --empty need --query-position last")
-        if settings.independent and not last:
-            raise ValueError("--independent needs --query-position last")
+        for name in ("queries", "short", "empty", "independent"):
+            if getattr(settings, name) != getattr(DPTSettings, name) and not last:
+                raise ValueError(f"--{name} needs --query-position last")
         if settings.short + settings.empty > 1:
             raise ValueError("--short and --empty are shares: together at most 1")
         if settings.pooled:
@@ -305,15 +299,16 @@ class DPT(Method):
                 raise ValueError(
                     f"--pooled needs --query-position last and --prompt-length {family.horizon}"
                 )
-            if settings.pooled > cfg.data.data_episodes:
-                raise ValueError(
-                    f"--pooled {settings.pooled} needs as many --data-episodes, not "
-                    f"{cfg.data.data_episodes}"
-                )
         if last and not model.decodable:
             raise ValueError(
                 "--query-position last with --routing sequence needs --moe-position top: below it, "
                 "early queries would see the whole prompt through the gate"
+            )
+        below_the_top = model.has_task_moe and model.moe_block != model.layers - 1
+        if settings.independent and below_the_top and model.routing != "token":
+            raise ValueError(
+                f"--independent with --routing {model.routing} needs --moe-position top: below it, "
+                "episodes would see one another through h_bar"
             )
 
 
@@ -329,6 +324,7 @@ class DPTPolicy(ModelPolicy):
         super().__init__(method, play)
         self.memory = play.prompt
         self.pools = method.cfg.method.pooled and self.memory == "all"
+        self.sides = self.family.state_values or ()
         self.cache = None
 
     def begin(self, history: list[Prompt], rows: int) -> None:
@@ -336,7 +332,6 @@ class DPTPolicy(ModelPolicy):
         # The prompt is frozen during an episode (line 11 changes it after the last step), so the
         # same state has the same answer. In a grid states come again: each is computed once.
         self.answers = None
-        self.sides = self.family.state_values or ()
         if self.sides:
             cells = math.prod(self.sides)
             # logits of each task and cell, not actions: those are sampled anew. NaN: not known yet
@@ -355,12 +350,13 @@ class DPTPolicy(ModelPolicy):
             self.past = self.prompt(states, self.no_actions(rows, 0), torch.zeros(rows, 0))
 
     def _fill_cache(self, history: list[Prompt], rows: int) -> None:
-        """Keys and values of the prompt; of all episodes only the newest is not there yet."""
-        anew = self.memory == "last" or self.pools or not history  # else it grows
-        if self.cache is None or anew:
-            self.cache = self.model.new_cache(rows, 3 * self.family.horizon + 1)  # 1: the query
-        if history:  # line 11: tau <- R
-            new = history[-1]
+        """Keys and values of the prompt; of all episodes, those that are not there yet."""
+        episode = 3 * self.family.horizon  # tokens
+        grows = self.memory == "all" and not self.pools
+        if self.cache is None or not (grows and history):
+            self.cache = self.model.new_cache(rows, episode + 1)  # 1: the query
+        there = self.cache.length // episode
+        for new in history[there:] if grows else history[-1:]:  # line 11: tau <- R
             prompt = self.prompt(new.states, new.actions, new.rewards)
             self.model.decode(self.model.embed_prompt(prompt), self.cache)
 

@@ -148,7 +148,8 @@ def evaluate_run(cfg: Evaluation) -> dict:
         name = f"{folder.resolve().name}-{name}"  # many runs share such a folder
     check_summary(summary)  # before the work: minutes would be lost
     family, plays = method.family, len(tasks) * cfg.repeats
-    numbers = plays * cfg.play.episodes * family.horizon * (family.state_dim + 2)
+    step = family.state_dim + family.action_dim + 1  # s, a, r
+    numbers = plays * cfg.play.episodes * family.horizon * step
     need_memory(f"{cfg.play.episodes} episodes of {plays} tasks", 4 * numbers)
     returns = play_all(method, policy, split, cfg)
     row = summary_row(method.cfg, header, cfg, returns)
@@ -161,14 +162,14 @@ def evaluate_run(cfg: Evaluation) -> dict:
         draw(target / f"{name}.png", method, policy, cfg, returns)
         append_summary(summary, row)  # last: a row promises that its curve is there
     print_table(row, returns)
-    print(in_words(method, row, returns))
+    print(in_words(method, policy, cfg, row, returns))
     print(f"curve: {target / name}.png   returns: {target / name}.csv   summary: {summary}")
     return row
 
 
 def variant(method: Method, cfg: Evaluation) -> str:
     """How it was played, for file names: made of checked values alone."""
-    settings = cfg.play
+    settings, own = cfg.play, method.cfg.play
     if method.family.discrete_actions:  # sampled or greedy
         parts = [settings.actions]
     elif components_of(method.cfg.model):
@@ -176,7 +177,11 @@ def variant(method: Method, cfg: Evaluation) -> str:
     else:  # continuous ones are the mean, or noise is added to it
         parts = [f"noise{settings.noise:g}" if settings.noise else "mean"]
     parts += method.play_name(settings)
-    return "-".join(parts + ["random-first"] * (settings.first == "random"))
+    parts += ["random-first"] * (settings.first == "random")
+    # not named where they are the run's own
+    parts += [f"play-seed{settings.play_seed}"] * (settings.play_seed != own.play_seed)
+    parts += [f"episodes{settings.episodes}"] * (settings.episodes != own.episodes)
+    return "-".join(parts)
 
 
 def reference_lines(
@@ -219,8 +224,8 @@ def play_all(
     lines = reference_lines(method, split, cfg.split)
     ceiling = None
     if family.ceiling is not None:
-        # With the policy's own memory: what is not in its prompt nobody can use. It samples, so its
-        # returns vary: 20 plays of each task.
+        # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays
+        # of each task.
         exact = family.ceiling(policy.memory, seed)
         ceiling = play(env, tasks * 20, exact, episodes, seed=0).mean(0)  # (E,)
     return Returns(played, success, ceiling, lines)
@@ -235,6 +240,7 @@ SUMMARY = (
 )
 # fmt: on
 LAST = 5  # episodes whose mean is "last": of one episode alone, a few goals decide
+READS = {"last": "the last episode", "all": "every episode"}  # the ceiling, by the policy's memory
 
 
 def summary_row(run: Config, header: checkpoint.Header, cfg: Evaluation, returns: Returns) -> dict:
@@ -273,14 +279,14 @@ def draw(path: Path, method: Method, policy: Policy, cfg: Evaluation, returns: R
     per_task = returns.played.reshape(cfg.repeats, -1, episodes).mean(0)
     tasks = "held-out tasks" if cfg.split == "test" else "training tasks"
     title = f"{method.cfg.data.env}, {method.label}, {tasks} ({variant(method, cfg)})"
-    ceiling_name = f"exact posterior, prompt {policy.memory}"
+    ceiling_name = f"exact posterior of {READS[policy.memory]}"
     draw_curve(path, title, per_task, returns.lines, returns.ceiling, ceiling_name)
 
 
 def write_csv(path: Path, tasks: list, returns: Returns) -> None:
     """A row for each task and episode. A task is its numbers, or its place where they are many."""
     # with --repeats a task comes again, and is the same task
-    different = [list(task) for i, task in enumerate(tasks) if task not in tasks[:i]]
+    places = {task: i for i, task in enumerate(dict.fromkeys(map(tuple, tasks)))}
     columns = ["task", "episode", "return"] + ["success"] * (returns.success is not None)
 
     def write(temporary: Path) -> None:
@@ -288,7 +294,7 @@ def write_csv(path: Path, tasks: list, returns: Returns) -> None:
             out = csv.writer(file)
             out.writerow(columns)
             for i, task in enumerate(tasks):
-                name = " ".join(map(str, task)) if len(task) <= 3 else different.index(list(task))
+                name = " ".join(map(str, task)) if len(task) <= 3 else places[tuple(task)]
                 for episode, value in enumerate(returns.played[i]):
                     row = [name, episode + 1, f"{value:g}"]
                     if returns.success is not None:
@@ -347,21 +353,24 @@ def print_table(row: dict, returns: Returns) -> None:
     print("\n".join(f"  {name:<32}{value:>8}" for name, value in lines))
 
 
-def in_words(method: Method, row: dict, returns: Returns) -> str:
+def in_words(method: Method, policy: Policy, cfg: Evaluation, row: dict, returns: Returns) -> str:
     """What the table says: what was learnt, how far it could go, what to try next."""
+    firsts = {"policy": "its first episode", "random": "a first episode of random actions"}
     learnt = (
-        f"With no weight update {method.label} went from a return of {row['first_return']} in its "
-        f"first episode to {row['last_return']} in its last ones, from what it saw in between."
+        f"With no weight update {method.label} went from a return of {row['first_return']} in "
+        f"{firsts[cfg.play.first]} to {row['last_return']} in its last ones, from what it saw in "
+        "between."
     )
     if returns.ceiling is not None:
-        best = f"{returns.ceiling[-LAST:].mean():.2f}, of a perfect policy with the same memory"
+        ceiling, reads = returns.ceiling[-LAST:].mean(), READS[policy.memory]
+        best = f"The ceiling here is {ceiling:.2f}, of a perfect policy that reads {reads}"
     elif row["optimum"]:
-        best = f"{row['optimum']}, the optimum"
-    elif row["teacher_return"]:
-        best = f"{row['teacher_return']}, of the tasks' own teachers"
+        best = f"The ceiling here is {row['optimum']}, the optimum"
+    elif row["teacher_return"]:  # no ceiling: they may be surpassed
+        best = f"The teachers reach {row['teacher_return']}"
     else:
-        best = "not known"
-    return f"{learnt}\nThe ceiling here is {best}. To try next: {method.try_next}."
+        best = "The ceiling here is not known"
+    return f"{learnt}\n{best}. To try next: {method.try_next}."
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ baselines/ by its name, or the path of a Python file of your own. It says
     its network       `network`: an nn.Module, whose forward(batch) is what `losses` calls
     a batch           `sample`: Algorithm 1, lines 2-9, or Algorithm 3, lines 8-16
     its loss          `losses`: named terms; train.py adds them up and logs each by its name
-    after a step      `after_step`: Eq. 8
+    after a step      `after_step`: Eq. 8, where the network has a key router
     how it plays      `policy`: Algorithms 2 and 4
     what is kept      `model` and `optimizers`: a checkpoint holds all of both
 
@@ -160,7 +160,11 @@ class Method:
         return []
 
     def after_step(self) -> None:
-        """After the optimisers' step."""
+        """Eq. 8, after the optimisers' step: Algorithm 1, line 15; Algorithm 3, line 22."""
+        # The key router follows the weights that the step has made; before it, this step's keys
+        # would already be others. A network without one has nothing to follow.
+        if hasattr(self.model, "update_key_router"):
+            self.model.update_key_router()
 
     def probe(self, dataset: Dataset, rows: int, rng: torch.Generator) -> dict[str, float]:
         """Numbers on fresh draws for train.csv, in eval mode (diagnostics.py)."""

@@ -22,6 +22,7 @@ to the middle of the room and stays there.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,15 +34,16 @@ from envs import Family
 from methods import Method
 from mixture import check_mixture, is_mixture, mixture
 
-Memory = Literal["last", "all"]  # of finished episodes: what a policy remembers
+Memory = Literal["last", "all"]  # of finished episodes: what a policy may remember
 
 
 class Policy(Protocol):
     """Whoever plays."""
 
-    memory: Memory  # the ceiling that it is compared with has the same (evaluate.py)
+    memory: Memory  # what the ceiling beside its curve reads; AD keeps K episodes of "all"
 
-    # all finished episodes, (N, T) each, unsorted and as played; what of them is kept, it decides
+    # all finished episodes, (N, T) each, unsorted and as played; what of them is kept, it decides.
+    # The first history may be any; a longer one goes on from that of the call before.
     def begin(self, history: list[Prompt], rows: int) -> None: ...
 
     # (N, ds) -> (N,) or (N, da), on the CPU, where the tasks are
@@ -53,8 +55,7 @@ class Policy(Protocol):
 
 def concatenate(history: list[Prompt]) -> Prompt:
     """Episodes behind one another: (N, T) each to (N, L*T)."""
-    columns = ("states", "actions", "rewards")
-    return Prompt(*(torch.cat([getattr(p, name) for p in history], 1) for name in columns))
+    return Prompt(*(torch.cat([getattr(p, f.name) for p in history], 1) for f in fields(Prompt)))
 
 
 def choose(logits: Tensor, greedy: bool, rng: torch.Generator) -> Tensor:

@@ -114,6 +114,7 @@ def draw(method: Method, dataset: Dataset, rng: torch.Generator):
     """
     # So N processes learn from what one process with an N-fold batch learns from, and the streams
     # need no tuning to one another. A draw is cheap; the pass over it is what is shared out.
+    # With --dropout they do not quite: all draw the same masks, each for its own rows.
     mine, draws = method.cfg.training.batch, method.cfg.training.draws
     batch = method.sample(dataset, mine * distributed.world(), draws, rng)
     first = mine * distributed.rank()

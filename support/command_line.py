@@ -10,6 +10,7 @@ Order of what wins: a flag, the preset, the declaration.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
 from envs import FAMILIES, get_family
 from methods import get_method, names
 from mixture import check_mixture
+from policies import check_play
 from support import distributed
 from support.checkpoint import load_config
 from support.files import end_bars
@@ -116,6 +118,13 @@ def check(cfg: Config) -> None:
     training, data, family = cfg.training, cfg.data, get_family(cfg.data.env)
     if training.batch % training.draws:
         raise ValueError(f"--batch {training.batch} is not a multiple of --draws {training.draws}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's: --batch is of each
+    tasks = training.batch // training.draws * processes
+    if tasks == 1 < training.draws and getattr(cfg.model, "has_task_moe", False):
+        raise ValueError(
+            f"--batch {training.batch} is {training.draws} draws of one task, which Eq. 7 could "
+            "tell from no other: take a larger one"
+        )
     if training.prompt_length % family.horizon:  # prompts are whole episodes (Algorithms 1, 3)
         raise ValueError(
             f"--prompt-length {training.prompt_length} is not a multiple of {family.name}'s "
@@ -127,7 +136,9 @@ def check(cfg: Config) -> None:
             f"--prompt-length {training.prompt_length} needs more than --data-episodes "
             f"{data.data_episodes}"
         )
-    check_mixture(cfg.model, cfg.play, family)  # of all methods: none has to name it
+    # of all methods: none has to name them
+    check_mixture(cfg.model, cfg.play, family)
+    check_play(cfg.play, family)
     get_method(cfg.backbone).check(cfg, family)
 
 

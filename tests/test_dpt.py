@@ -81,18 +81,18 @@ def test_eq11_of_continuous_actions_is_the_squared_error():
     [
         ("--query-position last", {"moe_position": "bottom"}),
         ("--query-position last", {"moe_position": "middle", "moe": "task"}),
-        ("--queries above 1", {"query_position": "first", "queries": 2}),
-        ("--short and --empty", {"query_position": "first", "short": 0.1}),
-        ("--short and --empty", {"query_position": "first", "empty": 0.1}),
+        ("--queries needs", {"query_position": "first", "queries": 2}),
+        ("--short needs", {"query_position": "first", "short": 0.1}),
+        ("--empty needs", {"query_position": "first", "empty": 0.1}),
         ("at most 1", {"short": 0.6, "empty": 0.5}),
         ("--short 1.5", {"short": 1.5}),
         ("--queries 0", {"queries": 0}),
-        ("--noise", {"noise": 0.1}),
         ("--keys other needs two draws", {"keys": "other", "draws": 4}),
         ("--independent needs", {"query_position": "first", "independent": True}),
+        ("--independent with", {"independent": True, **gated(("both", "prefix"), "middle")}),
+        ("--independent with", {"independent": True, **gated(("task", "prefix"), "bottom")}),
         ("--pooled needs", {"pooled": 2, "prompt_length": 2 * T}),
         ("--pooled needs", {"pooled": 2, "prompt_length": T, "query_position": "first"}),
-        ("--pooled 9 needs", {"pooled": 9, "prompt_length": T, "data_episodes": 8}),
     ],
 )
 def test_settings_refuse(why, changes):
@@ -106,7 +106,12 @@ def test_settings_refuse(why, changes):
 def test_settings_that_fit_are_not_refused():
     DPT.check(toys.config("last", queries=8, short=0.5, empty=0.5), GRID)
     DPT.check(toys.config("last", moe_position="bottom", routing="prefix"), GRID)
-    DPT.check(toys.config("first", moe_position="bottom", noise=0.1), PLANE)
+    DPT.check(toys.config("first", moe_position="bottom"), PLANE)
+    DPT.check(toys.config("last", independent=True, routing="prefix"), GRID)
+    for moe, routing in (("both", "token"), ("token", "prefix"), ("none", "sequence")):
+        gate = gated((moe, routing), "bottom")
+        DPT.check(toys.config("last", independent=True, **gate), GRID)
+    DPT.check(toys.config("last", pooled=9, prompt_length=T, data_episodes=8), GRID)
 
 
 # ------------------------------------------------------------------------------------- Algorithm 3
@@ -191,6 +196,9 @@ def test_pooled_prompts_are_what_a_tasks_quiet_episodes_have_seen():
             assert torch.equal(batch.prompt.actions[row], whole.prompt.actions[row])
     assert seen == {(3,), (7,), (3, 7)}  # of one episode, of both, of no more than there are
     assert pools / rows == pytest.approx(0.5 + 0.5 * 0.2, abs=0.05)  # 2 of 10 by themselves
+    # more than there are is all there are
+    every, more = (sample(data, rows, 1, 2, pooled=n).prompt for n in (data.episodes, 99))
+    assert torch.equal(every.states, more.states) and torch.equal(every.rewards, more.rewards)
 
 
 # ------------------------------------------------------------------------------------ who sees whom
@@ -280,19 +288,29 @@ def test_last_queries_see_the_visible_prompt_and_not_one_another(gate, place, sh
 
 
 @pytest.mark.parametrize("gate", [("none", "prefix"), *EQ4, ("both", "prefix"), ("both", "token")])
-@torch.no_grad()
 def test_independent_episodes_may_come_in_any_order(gate):
     model = build("last", **gated(gate), independent=True, token_shift=True)
+    assert change_by_order(model) < 1e-5
+    model.stretch = 0  # the same weights, each episode reading those before it
+    assert change_by_order(model) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "gate, apart", [(("both", "token"), True), (("token", "prefix"), True), (("task", "prefix"), 0)]
+)
+def test_below_the_top_episodes_are_independent_without_a_mean_alone(gate, apart):
+    """h_bar runs on over the episodes; what is above reads it: such settings are refused."""
+    model = build("last", **gated(gate, "middle"), independent=True)
+    assert (change_by_order(model) < 1e-5) == apart
+
+
+@torch.no_grad()
+def change_by_order(model):
+    """How much the order of a prompt's four episodes changes the predictions."""
     batch = draw(model, steps=4 * T, queries=3)
     order = (T * torch.tensor([2, 0, 3, 1])[:, None] + torch.arange(T)).flatten()
     moved = replace(batch, prompt=steps_at(batch.prompt, order.expand(2, -1)))
-
-    def change():
-        return (model(moved).action - model(batch).action).abs().max()
-
-    assert change() < 1e-5
-    model.stretch = 0  # the same weights, each episode reading those before it
-    assert change() > 1e-4
+    return (model(moved).action - model(batch).action).abs().max()
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -318,7 +336,7 @@ def test_cached_query_equals_the_full_forward_pass_and_leaves_no_trace(gate, pla
 
     def content():
         sides = (x[:, :, : 3 * steps] for x in cache.k + cache.v)
-        return *cache.h_sum, cache.previous, *sides
+        return cache.h_sum, cache.previous, *sides
 
     for steps in (0, T, T + 1, N):
         if new := steps - cache.length // 3:
@@ -349,6 +367,26 @@ def test_algorithm4_plays_what_the_full_forward_pass_predicts(layout, memory, in
         past, state = past if e else cut(past, 0), history[e].states[:, t, None]
         near(logits, policy.model(toys.ask(past, state)).action[:, -1])
         assert torch.equal(history[e].actions[:, t], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("memory", ["last", "all"])
+@pytest.mark.parametrize("layout", ["first", "last"])
+@torch.no_grad()
+def test_algorithm4_may_begin_behind_any_history(layout, memory):
+    """The policy that has played the episodes, and one that is only told of them."""
+    tiny = method(layout, toys.ROOM, prompt=memory, actions="greedy")
+    played, _, history = toys.play_room(tiny)
+    told = tiny.policy(tiny.cfg.play)
+    states = history[0].states[:, 3]
+    for count in (3, 4, 2):
+        if count == 2:  # another game
+            told.begin([], len(states))
+        told.begin(history[:count], len(states))
+        past = concatenate(history[count - 1 : count] if memory == "last" else history[:count])
+        near(
+            told.predict(states, slice(None)),
+            played.model(toys.ask(past, states[:, None])).action[:, -1],
+        )
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

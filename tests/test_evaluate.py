@@ -11,22 +11,30 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, flags
 from matplotlib.image import imread
-from scipy.stats import norm
 from tiny import rows, tensors, trainer
 
 from collect import dataset_folder, describe_dataset
-from config import Collection, Data
+from config import Collection, Data, Play
 from data import file_hash, load_dataset, part_name
 from dpt import DPT
 from envs import optimal_returns, random_returns
-from evaluate import Evaluation, Returns, evaluate_run, play, print_table
-from pictures.curves import interval
+from evaluate import (
+    Evaluation,
+    Returns,
+    evaluate_run,
+    in_words,
+    play,
+    print_table,
+    summary_row,
+    write_csv,
+)
 from support import checkpoint
 from support.command_line import parse_evaluation
 from support.files import save_json
@@ -169,18 +177,6 @@ def test_a_seed_repeats_an_evaluation_and_greedy_needs_none(trained, name):
 
 
 # ---------------------------------------------------------------------------------------- reporting
-def test_interval():
-    values = np.random.default_rng(0).normal(size=(200, 3)) * [1, 5, 0] + [0, 10, 7]
-    low, high = interval(values)
-    assert (low <= values.mean(0)).all() and (values.mean(0) <= high).all()
-    width = 2 * norm.ppf(0.975) * values.std(0, ddof=1) / 200**0.5  # of the normal approximation
-    assert high - low == pytest.approx(width, rel=0.1, abs=1e-12)
-    assert (low[2], high[2]) == pytest.approx((7, 7))
-    assert all((a == b).all() for a, b in zip(interval(values), (low, high), strict=True))
-    one = np.array([[3.0, 4.0]])
-    assert all(side.tolist() == [3, 4] for side in interval(one))
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
     own = {"history": 2} if name == "ad" else {"prompt": "last"}
@@ -243,6 +239,67 @@ def test_what_is_not_given_is_as_in_training(trained, tmp_path):
     names = [next((tmp_path / folder).glob("*.png")).stem for folder in "ab"]
     assert names == ["ad-test-sample-history2", "ad-test-greedy-history1-random-first"]
     assert [len(returns_of(tmp_path / folder)[0][0]) for folder in "ab"] == [1, 1]
+
+
+def test_each_evaluation_of_a_folder_has_files_of_its_own(trained, tmp_path):
+    """A row of summary.csv promises them; repeats of the same play take the others' place."""
+    run = trained["last"]
+    for settings in ({}, {"play_seed": 1}, {"episodes": 2}, {"play_seed": 1, "episodes": 2}):
+        evaluate(run, results=tmp_path, **settings)
+    evaluate(run, results=tmp_path, repeats=2)
+    more = ["", "-play-seed1", "-episodes2", "-play-seed1-episodes2"]
+    want = {f"last-test-sample-last{name}.{kind}" for name in more for kind in ("csv", "png")}
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == want | {"summary.csv"}
+    assert len(table(tmp_path / "summary.csv")) == 5
+
+
+def test_tasks_of_many_numbers_are_named_by_their_places(tmp_path):
+    returns = Returns(np.arange(8.0).reshape(4, 2), None, None, {})
+    long = [[0.5, 1.0, 1.5, 2.0], [0.25, 1.0, 1.5, 2.0]]
+    for tasks, names in (
+        (long, ["0", "1"]),
+        ([task[:3] for task in long], ["0.5 1.0 1.5", "0.25 1.0 1.5"]),
+    ):
+        write_csv(tmp_path / "r.csv", tasks * 2, returns)  # each played twice
+        rows = [[name, e] for name in names * 2 for e in (1, 2)]
+        lines = [f"{name},{e},{value}" for (name, e), value in zip(rows, range(8), strict=True)]
+        text = (tmp_path / "r.csv").read_bytes().decode()
+        assert text == "\r\n".join(["task,episode,return", *lines, ""])
+
+
+def test_the_last_return_is_the_mean_of_five_episodes(trained):
+    run, header = checkpoint.load_config(trained["last"]), checkpoint.read(trained["last"])[1]
+    lines = dict.fromkeys(("random", "optimum", "teacher", "paper"))
+    success = np.arange(8)[None] >= 6
+    returns = Returns(np.arange(8.0)[None], success, None, lines)
+    row = summary_row(run, header, Evaluation("", play=run.play), returns)
+    assert (row["first_return"], row["last_return"], row["best_return"]) == ("0.00", "5.00", "7.00")
+    assert row["success"] == "0.40"
+
+
+@pytest.mark.parametrize("first", ["policy", "random"])
+def test_in_words(first):
+    """What a curve began with, and what it is to be compared with."""
+    method = SimpleNamespace(label="T2MIR-AD", try_next="more")
+    cfg = Evaluation("", play=Play(first=first))
+    facts = {"first_return": "1.00", "last_return": "5.00", "optimum": "", "teacher_return": ""}
+    began = "its first episode" if first == "policy" else "a first episode of random actions"
+
+    def words(memory="all", ceiling=None, **known):
+        policy = SimpleNamespace(memory=memory)
+        returns = Returns(np.zeros((1, 8)), None, ceiling, {})
+        learnt, best = in_words(method, policy, cfg, facts | known, returns).split("\n")
+        assert f"T2MIR-AD went from a return of 1.00 in {began} to 5.00 in its last ones" in learnt
+        assert best.endswith(". To try next: more.")
+        return best.removesuffix(". To try next: more.")
+
+    perfect = "The ceiling here is 5.00, of a perfect policy that reads"
+    known = {"optimum": "9.00", "teacher_return": "8.00"}
+    assert words("all", np.arange(8.0), **known) == f"{perfect} every episode"
+    assert words("last", np.arange(8.0), **known) == f"{perfect} the last episode"
+    assert words(**known) == "The ceiling here is 9.00, the optimum"
+    assert words(teacher_return="8.00") == "The teachers reach 8.00"
+    assert words() == "The ceiling here is not known"
 
 
 # ------------------------------------------------------------------------------ continuous families

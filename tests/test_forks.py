@@ -97,6 +97,8 @@ def test_a_method_of_ones_own(tiny_config, paper_folder, here, monkeypatch, caps
     assert differing("run", "whole") == [] and untimed("run") == untimed("whole")
     other = ended("train.py", *argv, "--resume", "--smoothing", "0.1")
     assert "smoothing 0.5 -> 0.1" in other.error
+    wrong = ended("train.py", *command(tiny_config, "wrong", BC, **MINE), "--noise", "0.1")
+    assert "--noise is for continuous actions" in wrong.error and not (here / "wrong").exists()
 
     # what a run's folder says never chooses the code that runs
     assert f"name it yourself (--backbone {BC})" in ended("evaluate.py", "run").error

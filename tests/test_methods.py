@@ -24,7 +24,7 @@ from envs import FAMILIES, get_family
 from methods import Method, adamw, get_method, names
 from models import ModelSettings
 from support.command_line import parse_config, preset_config
-from support.settings import flat, leaves
+from support.settings import flat, leaves, with_values
 
 near = partial(assert_close, atol=1e-5, rtol=0)
 FORK = str(Path(__file__).parent / "forks" / "bc.py")
@@ -173,6 +173,18 @@ def test_eq8_follows_the_optimisers_step(layout):
         assert not torch.equal(before, after)
         assert torch.equal(getattr(now.key, layer).weight, after)
         assert_close(getattr(half.key, layer).weight, 0.5 * before + 0.5 * after)
+
+
+def test_eq8_is_part_of_every_method_with_a_key_router():
+    """Also of one that does not name it."""
+    cfg = with_values(preset_config("paper", "darkroom", FORK), toys.SMALL | {"momentum": 0.0})
+    tiny = get_method(FORK)(cfg, GRID)
+    router = tiny.model.blocks[-1].ff.task_router
+    before = router.query.second.weight.clone()
+    train.training_step(tiny, draw(tiny.model.train(), rows=4))
+    assert not torch.equal(router.query.second.weight, before)
+    for key, query in zip(router.key.parameters(), router.query.parameters(), strict=True):
+        assert torch.equal(key, query)
 
 
 # ---------------------------------------------------------------------------------------- the loss

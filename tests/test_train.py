@@ -56,6 +56,24 @@ def test_learning_rate_by_hand():
     )
 
 
+# ---------------------------------------------------------------------------- a batch of one task
+@pytest.mark.parametrize("backbone", ["ad", "dpt"])
+def test_a_batch_of_one_task_is_refused_where_eq7_would_tell_it_from_others(
+    tiny_config, backbone, monkeypatch
+):
+    def batch(count, **changes):
+        return parse_config(command(tiny_config, None, backbone, batch=count, **changes))
+
+    for count, draws in ((2, 2), (4, 4)):
+        with pytest.raises(ValueError, match=f"--batch {count} is {draws} draws of one") as error:
+            batch(count, draws=draws)
+        assert "\n" not in str(error.value)
+    for fine in ({"draws": 1}, {"moe": "token"}, {"moe": "none"}):
+        batch(2, **fine)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # by torchrun: another task is another process's
+    batch(2)
+
+
 # ----------------------------------------------------------------------------- the numbers of a run
 @pytest.mark.parametrize("backbone", ["ad", "dpt"])
 def test_train_csv(fit, tmp_path, backbone):
@@ -303,6 +321,7 @@ def torchrun(argv, cwd):
 def test_two_processes_equal_one_with_twice_the_batch(fit, tiny_config, tmp_path):
     """Eq. 3 and 7 are over the whole batch: gathered, they and their gradients are as of one."""
     settings = {"dropout": 0.0, "steps": 4, "checkpoint_every": 4, "routing": "sequence"}
+    settings |= {"task_center": True, "task_balance": 0.01}  # whose statistics are of all rows too
     # no --run: torchrun would take it for its own --run-path
     out, err = torchrun(command(tiny_config, None, batch=2, **settings), tmp_path)
     runs = [path.parent for path in tmp_path.glob("runs/*/checkpoint.safetensors")]
@@ -313,7 +332,7 @@ def test_two_processes_equal_one_with_twice_the_batch(fit, tiny_config, tmp_path
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3)
         assert float(b["balance"]) > 1e-3 and float(b["contrastive"]) > 1e-2
     a, b = tensors(runs[0]), tensors(one)
-    moved = tensors(fit(tmp_path / "other", batch=2, **settings))  # half the batch is another run
+    moved = tensors(fit(tmp_path / "other", batch=6, **settings))  # another batch, another run
     for name in (n for n in a if n.startswith("model.")):
         if not name.endswith("qkv.bias"):  # its part for the keys has no gradient but rounding
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
