@@ -5,7 +5,8 @@ Service code, used by router.py and contrastive.py, where it stands beside the e
 
 Each process has some rows of the batch. The losses of Eq. 3 and Eq. 7 are not means over rows: an
 expert's importance and load, and the keys of a query, are of the *whole* batch. So they are
-gathered, with gradients, and N processes give the losses of one process with an N-fold batch.
+gathered, with gradients, and N processes give the losses of one process with an N-fold batch (but
+for dropout, whose masks are the same in all of them).
 The collectives' backward sums over processes and DDP averages: together each gradient counts once.
 
 In a single process every function returns what it was given, so that the equations read the same.
@@ -21,10 +22,10 @@ from torch import Tensor
 
 
 # ------------------------------------------------------------------------------------------ device
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, flag: str = "--device") -> torch.device:
     """cpu, cuda, cuda:1, ...; `auto` is cuda if there is one.
 
-    Raises ValueError with one line for a device that cannot be used.
+    Raises ValueError with one line, which names the flag, for a device that cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason})") from None
+        raise ValueError(f"{flag} {name} cannot be used here ({reason})") from None
     return device
 
 
