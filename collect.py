@@ -9,9 +9,10 @@ Read after envs.py, before data.py.   Try: python collect.py --env point-robot -
     datasets/teachers/             the trained policies, which serve all qualities and recipes
 
 Who acts is said elsewhere. DarkRoom's data are made by a rule, a noisy teacher that the family
-itself plays (`Family.collect_task`). In all other families one policy a task, trained by SAC or
-PPO, is rolled out at all stages of its training (teachers/). Here: what is kept, in which order
-it is made, and how a stopped run goes on. Training the teachers is most of the work.
+itself plays (`Family.collect_task`). In all other families one policy a task (or one for all,
+--teacher one), trained by SAC or PPO, is rolled out at all stages of its training (teachers/).
+Here: what is kept, in which order it is made, and how a stopped run goes on. Training the teachers
+is most of the work.
 
 Tasks are independent: they run in `--workers` processes or, with `--cluster`, on Ray.
 """
@@ -24,18 +25,15 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
     at_once()
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import Collection, Teachers
-from data import FORMAT, file_hash, load_part, part_name, read_meta
-from envs import get_family, split_tasks
+from data import FORMAT, file_hash, load_part, part_name, read_meta, wrong_with
+from envs import get_family, split_tasks, users_code
 from support.distributed import resolve_device
 from support.files import (
     Damaged,
@@ -52,7 +50,7 @@ from support.user_file import code_of
 from teachers.ppo import PPOConfig
 from teachers.rollouts import make_part, parts_of
 from teachers.sac import SACConfig
-from teachers.teachers import TrainedTeachers, algorithm, describe, train_teachers
+from teachers.teachers import TrainedTeachers, algorithm, describe, processes, train_teachers
 
 
 # ---------------------------------------------------------------------- Algorithm 3, lines 1-6
@@ -67,6 +65,8 @@ def collect(cfg: Collection, quiet: bool = False) -> Path:
     check(cfg)
     folder, meta = dataset_folder(cfg), describe_dataset(cfg)
     if is_whole(folder, meta):
+        if not quiet:
+            print(f"{folder} is complete")
         return folder
     need_space(folder, disk_space(cfg, meta))  # now rather than after hours of training teachers
     with only_writer(folder):  # two commands at once would mix their parts
@@ -95,12 +95,22 @@ def collect(cfg: Collection, quiet: bool = False) -> Path:
 
 def follow_rule(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: bool) -> None:
     """The parts that are missing, played by the family's own rule."""
-    train = meta["train_tasks"]
-    make = get_family(cfg.data.env).collect_task
     title = f"collecting {paths[0].parent.name}"
-    for i in progress(range(len(train)), desc=title, unit="task", disable=quiet):
+    for i in progress(range(len(paths)), desc=title, unit="task", disable=quiet):
         if not paths[i].exists():
-            save_arrays(paths[i], make(cfg.data, train, i))
+            save_arrays(paths[i], part_by_rule(cfg, meta, i))
+
+
+def part_by_rule(cfg: Collection, meta: dict, index: int) -> dict[str, np.ndarray]:
+    """The arrays of training task `index`. ValueError with one line: a user's rule gives others."""
+    env = cfg.data.env
+    family = get_family(env)
+    with users_code(env):
+        given = family.collect_task(cfg.data, meta["train_tasks"], index) or {}
+        part = {name: np.asarray(array) for name, array in given.items()}
+    if wrong := wrong_with(part, meta, family):
+        raise ValueError(f"--env {env}: of what collect_task gives, {wrong}")
+    return part
 
 
 def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: bool) -> dict:
@@ -110,9 +120,7 @@ def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: b
     """
     data, train, test = cfg.data, meta["train_tasks"], meta["test_tasks"]
     # held-out tasks have teachers too: evaluations compare with their returns
-    work = replace(cfg.work, workers=cfg.work.workers or os.cpu_count() or 1)
-    root = Path(data.datasets)
-    teachers = train_teachers(root, data.env, cfg.teachers, train + test, work, quiet, len(train))
+    teachers = train_teachers(cfg, train, test, quiet)
     if not quiet:
         print(describe(teachers, train + test))
 
@@ -123,7 +131,7 @@ def follow_teachers(cfg: Collection, meta: dict, paths: Sequence[Path], quiet: b
     ]
     title = f"collecting {paths[0].parent.name}"
     with bar_of(lambda: sum(p.exists() for p in paths), len(paths), title, "task", quiet) as watch:
-        run_jobs(make_part, missing, work.workers, work.cluster, watch)
+        run_jobs(make_part, missing, processes(cfg.work), cfg.work.cluster, watch)
     level = teachers.level(teachers.sampled)  # (C, N)
     # of each training task, the level of the best checkpoint that plays
     best = [level[teachers.chosen(data.quality, i)[0], i].max() for i in range(len(train))]
@@ -258,7 +266,7 @@ def check(cfg: Collection) -> None:
     check_types(cfg)  # the bounds in config.py
     check_cluster(cfg.work.cluster)
     teacher_algorithm(cfg)
-    resolve_device(cfg.work.teacher_device)
+    resolve_device(cfg.work.teacher_device, "--teacher-device")
 
 
 # ------------------------------------------------------------------------------ reference returns
@@ -302,15 +310,14 @@ def main() -> None:
     """`python collect.py --env ...`; `--help` lists the settings. Raises ValueError."""
     # here, because worker processes import this file too and read no command line
     from support.command_line import parse_collection
+    from tools.minari_io import check_export, export_minari
 
     torch.set_num_threads(1)  # more change the rounding, and tasks run side by side anyway
     cfg, export = parse_collection()
-    if export and find_spec("minari") is None:
-        raise ValueError("--export-minari needs Minari: pip install 't2mir[minari]'")
+    if export:  # refused now rather than after hours
+        check_export(describe_dataset(cfg), Path(export))
     folder = collect(cfg)
     if export:
-        from tools.minari_io import export_minari
-
         ids = export_minari(folder, Path(export), cfg.data.env)
         print(f"{export}: {len(ids)} Minari datasets, {ids[0]} first")
 

@@ -75,11 +75,11 @@ class Data:
     data_queries: Rows = 1000
     """Labelled query states of each training task, D_i^q (Algorithm 3; DPT alone reads them)."""
     train_tasks: Number = 0
-    """Training tasks; 0: the paper's number (App. D.1)."""
+    """Training tasks; 0: the paper's number (App. D.1). Not read with --tasks."""
     test_tasks: Number = 0
-    """Held-out tasks; 0: the paper's number (App. D.1)."""
+    """Held-out tasks; 0: the paper's number (App. D.1). Not read with --tasks."""
     task_seed: Seed = 56  # the first whose held-out DarkRoom goals have the paper's optimum, 90.9
-    """Seed of the split into training and held-out tasks."""
+    """Seed of the split into training and held-out tasks. Not read with --tasks."""
     data_seed: Seed = 0
     """Seed of everything random in the data."""
     tasks: Text | None = None

@@ -16,7 +16,8 @@ Shape legend: N tasks, ds/da = state_dim/action_dim.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -119,11 +120,18 @@ class Family:
 
     def __post_init__(self):
         sizes = (self.horizon, self.state_dim, self.action_dim, self.train_tasks, self.test_tasks)
+        limits = zip(self.task_low, self.task_high, strict=False)
         functions = callable(self.batch) and callable(self.sample_tasks)
+        values, units = self.state_values, self.state_units
+        of_state = {len(each) for each in (values, *(units or ())) if each is not None}
         checks = (
             (all(isinstance(n, int) and n > 0 for n in sizes), "its sizes must be positive"),
             (len(self.task_low) == len(self.task_high) > 0, "task_low, task_high: one per number"),
+            (all(-np.inf < a <= b < np.inf for a, b in limits), "its limits: finite, low <= high"),
             (functions, "batch and sample_tasks must be functions"),
+            (of_state <= {self.state_dim}, "state_values, state_units: one per number of a state"),
+            (units is None or (len(units) == 2 and all(units[1])), "state_units: no unit may be 0"),
+            (self.reward_scale, "its reward_scale must not be 0"),
             (self.teacher in ("sac", "ppo", "rule"), "its teacher must be sac, ppo or rule"),
             (self.teacher != "rule" or self.collect_task, "a rule needs collect_task"),
             (self.teacher != "sac" or not self.discrete_actions, "SAC needs continuous actions"),
@@ -152,23 +160,30 @@ def get_family(env: str) -> Family:
     Raises ValueError with one line for an unknown name (and lists the known ones), and for a file
     that cannot be run or does not hold exactly one `Family`.
     """
-    if env.endswith(".py"):
-        return _family_of_file(env)
-    if env not in FAMILIES:
+    if env in FAMILIES:
+        return load(FAMILIES[env])
+    if not env.endswith(".py"):
         names = ", ".join(sorted(FAMILIES))
         raise ValueError(f"unknown environment '{env}': choose one of {names}, or a .py file")
-    return load(FAMILIES[env])
-
-
-def _family_of_file(file: str) -> Family:
-    held = vars(run_file(file, "env"))
-    families = {id(value): value for value in held.values() if isinstance(value, Family)}
+    held = vars(run_file(env, "env")).values()
+    families = {id(value): value for value in held if isinstance(value, Family)}
     if len(families) != 1:
         raise ValueError(
-            f"--env {file}: it must hold exactly one envs.Family, as families/point_robot.py does; "
+            f"--env {env}: it must hold exactly one envs.Family, as families/point_robot.py does; "
             f"it holds {len(families) or 'none'}"
         )
-    return next(iter(families.values()))
+    return families.popitem()[1]
+
+
+@contextmanager
+def users_code(env: str) -> Iterator[None]:
+    """Whatever a user's own family raises becomes one line that says where."""
+    try:
+        yield
+    except Exception as error:
+        if not env.endswith(".py"):
+            raise
+        raise users_error(env, "env", error) from error
 
 
 # ------------------------------------------------------------------------------------------ playing
@@ -187,13 +202,14 @@ def make_batch(env: str, tasks, seed: int = 0) -> Batch:
 @cache
 def _try_batch(env: str) -> None:
     """Plays a user's family for a step: a wrong shape shows here, not hours later in a network."""
-    family = get_family(env)
-    try:
-        batch = family.batch(sample_tasks(env, 1, np.random.default_rng(0)), 0)
+    family, rng = get_family(env), np.random.default_rng(0)
+    tasks = sample_tasks(env, 1, rng)
+    with users_code(env):
+        batch = family.batch(tasks, 0)
         start = batch.reset()
-        following, rewards = batch.step(_random_actions(family, 1, np.random.default_rng(0)))
-    except Exception as error:  # whatever a user's own code raises
-        raise users_error(env, "env", error) from error
+        following, rewards = batch.step(_random_actions(family, 1, rng))
+    if (family.reward or family.lesson) and not hasattr(batch, "outcome"):
+        raise ValueError(f"--env {env}: where a family has a reward, step must set `outcome`")
     state = (1, family.state_dim), np.int64 if family.state_values else np.float32
     for name, array, (shape, kind) in (
         ("reset's states", start, state),
@@ -249,18 +265,17 @@ def check_task(family: Family, task) -> list:
     """A task as a list of plain numbers; raises ValueError with one line if it does not fit."""
     if family.check_task:
         return family.check_task(task)
-    low, high = np.array(family.task_low), np.array(family.task_high)
+    count, limits = family.task_numbers, (family.task_low, family.task_high)
     numbers = task if isinstance(task, (list, tuple, np.ndarray)) else [task]
-    fits = len(numbers) == family.task_numbers and all(
-        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in numbers
-    )
-    if not (
-        fits and np.isfinite(numbers).all() and (low <= numbers).all() and (numbers <= high).all()
+    # compared as Python does: of any size, and NaN fits nowhere
+    if len(numbers) != count or not all(
+        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and low <= v <= high
+        for v, low, high in zip(numbers, *limits, strict=True)
     ):
-        limits = [np.round(limit[:3], 3).tolist() for limit in (low, high)]
+        low, high = (np.round(limit[:3], 3).tolist() for limit in limits)
         raise ValueError(
-            f"a task of {family.name} is {family.task_numbers} number{'s' * (len(low) > 1)} "
-            f"from {limits[0]} to {limits[1]}, not {str(task)[:60]}"
+            f"a task of {family.name} is {count} number{'s' * (count > 1)} from {low} to {high}, "
+            f"not {str(task)[:60]}"
         )
     return [float(v) for v in numbers]
 
@@ -273,18 +288,12 @@ def check_tasks(env: str, tasks) -> list:
 def sample_tasks(env: str, count: int, rng: np.random.Generator) -> list:
     """`count` tasks of the family's distribution (App. D.1), rounded to 4 decimals."""
     family = get_family(env)
-    try:
+    shape = (count, family.task_numbers)
+    with users_code(env):
         tasks = np.asarray(family.sample_tasks(count, rng))
-    except Exception as error:
-        if env.endswith(".py"):  # whatever a user's own code raises
-            raise users_error(env, "env", error) from error
-        raise
-    if tasks.size != count * family.task_numbers or tasks.dtype.kind not in "uif":
-        raise ValueError(
-            f"sample_tasks of {env} must give {(count, family.task_numbers)} numbers for {count} "
-            f"tasks, not {tasks.shape}"
-        )
-    return np.round(tasks.reshape(count, family.task_numbers), 4).tolist()
+    if tasks.size != np.prod(shape) or tasks.dtype.kind not in "uif":
+        raise ValueError(f"sample_tasks of {env}: {tasks.dtype} {tasks.shape}, not numbers {shape}")
+    return np.round(tasks.reshape(shape), 4).tolist()
 
 
 def split_tasks(
@@ -298,29 +307,26 @@ def split_tasks(
     that does not fit the family; and when a task is held out that is also trained on.
     """
     family = get_family(env)
-    if min(train, test) < 0:
-        raise ValueError("--train-tasks and --test-tasks must not be negative (0: the paper's)")
     if file is not None:
-        return _tasks_of_file(env, file)
+        where = f'{file} must hold {{"train": [...], "test": [...]}}: '
+        lists = validated(TaskFile, read_json(Path(file)), where)
+        split = check_split(env, lists.train, lists.test, str(file))
+        for tasks in split:
+            if twice := [task for i, task in enumerate(tasks) if task in tasks[:i]]:
+                raise ValueError(f"{file} names {twice[0]} twice")
+        return split
     train, test = train or family.train_tasks, test or family.test_tasks
     if family.split_tasks:
         return family.split_tasks(seed, train, test)
-    return _sampled_split(env, seed, train, test)
-
-
-def _sampled_split(env: str, seed: int, train: int, test: int) -> tuple[list, list]:
-    """Training and held-out tasks, each of a random stream of its own."""
     trained = sample_tasks(env, train, np.random.default_rng([seed, 0]))
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1])  # a random stream of their own
     held_out = sample_tasks(env, test, rng)
     # Rounded numbers can meet: what is trained on is not held out, and is drawn again.
     for _ in range(1000):
-        both = [i for i, task in enumerate(held_out) if task in trained]
-        if not both:
+        if not any(task in trained for task in held_out):
             return trained, held_out
         again = sample_tasks(env, test, rng)
-        for i in both:
-            held_out[i] = again[i]
+        held_out = [b if a in trained else a for a, b in zip(held_out, again, strict=True)]
     raise ValueError(f"{env} has too few different tasks to hold out {test} of them")
 
 
@@ -330,19 +336,6 @@ class TaskFile:
 
     train: Annotated[list[Any], MinLen(1)]
     test: Annotated[list[Any], MinLen(1)]
-
-
-def _tasks_of_file(env: str, file: str | Path) -> tuple[list, list]:
-    content = read_json(Path(file))
-    form = '{"train": [...], "test": [...]}'
-    if not isinstance(content, dict) or not {"train", "test"} <= set(content):
-        raise ValueError(f"{file} must hold {form}")
-    lists = validated(TaskFile, content, f"{file} must hold {form}: ")
-    train, test = check_split(env, lists.train, lists.test, str(file))
-    for tasks in (train, test):
-        if twice := [task for i, task in enumerate(tasks) if task in tasks[:i]]:
-            raise ValueError(f"{file} names {twice[0]} twice")
-    return train, test
 
 
 def check_split(env: str, train: list, test: list, where: str) -> tuple[list, list]:
@@ -371,21 +364,9 @@ def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
     """Expected return (N,) of the policy that draws every action uniformly: exact where the family
     says it, else the mean of so many episodes a task (the same ones every time).
     """
-    exact = get_family(env).random_returns
-    if exact is not None:
-        return np.asarray(exact(tasks))
-    return _played_at_random(env, tuple(map(tuple, tasks)), episodes).copy()
-
-
-def _random_actions(family: Family, rows: int, rng: np.random.Generator) -> np.ndarray:
-    if family.discrete_actions:
-        return rng.integers(family.action_dim, size=rows)
-    return rng.uniform(-1, 1, (rows, family.action_dim)).astype(np.float32)
-
-
-@cache
-def _played_at_random(env: str, tasks: tuple, episodes: int) -> np.ndarray:
     family, rows = get_family(env), [task for task in tasks for _ in range(episodes)]
+    if family.random_returns is not None:
+        return np.asarray(family.random_returns(tasks))
     batch = make_batch(env, rows, seed=0)
     # Not the starts' stream: an action would continue in the direction in which its start lies.
     rng = np.random.default_rng(1)
@@ -396,14 +377,20 @@ def _played_at_random(env: str, tasks: tuple, episodes: int) -> np.ndarray:
     return total.reshape(len(tasks), episodes).mean(1)
 
 
+def _random_actions(family: Family, rows: int, rng: np.random.Generator) -> np.ndarray:
+    if family.discrete_actions:
+        return rng.integers(family.action_dim, size=rows)
+    return rng.uniform(-1, 1, (rows, family.action_dim)).astype(np.float32)
+
+
 def demo() -> None:
     """Prints a line for every family, and a room."""
     for name in FAMILIES:
         held_out = split_tasks(name)[1]
         best, floor = optimal_returns(name, held_out), random_returns(name, held_out, 2).mean()
         best = "unknown" if best is None else f"{best.mean():.2f}"
-        print(f"{name:<22}{len(held_out):>3} held-out tasks, first {held_out[0][:3]!s:<26}", end="")
-        print(f"optimum {best}, random {floor:.2f}")
+        tasks = f"{len(held_out):>3} held-out tasks, first {held_out[0][:3]!s:<26}"
+        print(f"{name:<22}{tasks}optimum {best}, random {floor:.2f}")
     print(make_env("darkroom", split_tasks("darkroom")[1][0]).unwrapped.render())
 
 

@@ -22,13 +22,14 @@ Not in the paper: it is here to find out where the experts pay (FINDINGS.md).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
 import numpy as np
 import tyro
 
-from envs import Family
+from envs import Family, check_task
 from families.point_robot import (
     HORIZON,
     BatchedPointRobot,
@@ -79,8 +80,18 @@ def sample(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([sample_goals(count, rng), np.arange(count) % len(CONTROLS)])
 
 
+def check_numbers(task) -> list[float]:
+    """A task as plain numbers; raises ValueError for one beyond the limits or between controls."""
+    numbers = check_task(replace(FAMILY, check_task=None), task)
+    if numbers[2] % 1:
+        raise ValueError(f"the third number of a task of controls must be whole, not {numbers[2]}")
+    return numbers
+
+
 def collect(data, train_tasks: list, index: int) -> dict[str, np.ndarray]:
     """The arrays of training task `index` (data.py says which)."""
+    if (data.quality, data.recipe) != ("mixed", "paper"):
+        raise ValueError("controls has one kind of data: leave out --quality and --recipe")
     rng = np.random.default_rng([data.data_seed, index])
     episodes, tasks = data.data_episodes, np.asarray(train_tasks, float)
     own = tasks[index : index + 1]  # (1, 3)
@@ -121,6 +132,7 @@ FAMILY = Family(
     task_high=(2.0, 2.0, len(CONTROLS) - 1),
     batch=Batch,
     sample_tasks=sample,
+    check_task=check_numbers,
     optimal_returns=lambda tasks: point_robot_optimum(np.asarray(tasks)[:, :2]),
     teacher="rule",
     collect_task=collect,

@@ -174,11 +174,6 @@ def noise_levels(goal, quality: str, episodes: int) -> np.ndarray:
     return falling.take(np.arange(episodes), mode="clip")
 
 
-def label_noise(goal, quality: str) -> float:
-    """eps of the teacher that labels queries: at 100, 80 or 50 % performance (App. D.2)."""
-    return float(noise_levels(goal, quality, 2)[-1])  # the lowest eps, where the fall ends
-
-
 @dataclass
 class Walks:
     """M episodes of behaviour. Rewards are not among them: the task that reads them pays."""
@@ -281,7 +276,8 @@ def collect_task(data, index: int, goal, pool: Walks | None) -> dict[str, np.nda
         walks = walk(np.broadcast_to(goal, (episodes, 2)), eps, rng)
         visited = walks.states.reshape(-1, 2)
         cells = visited[rng.integers(len(visited), size=queries)].astype(np.int64)
-    noisy = rng.random(queries) < label_noise(goal, data.quality)
+    # labelled by the teacher at 100, 80 or 50 % performance (App. D.2), the least noisy one
+    noisy = rng.random(queries) < eps.min()
     random = rng.integers(len(MOVES), size=queries)
     labels = np.where(noisy, random, darkroom_teacher(cells, goal))
     return {

@@ -4,7 +4,7 @@ in : tasks, actions (N, 6)     out: states (N, 20) or (N, 17), rewards (N,)
 Read after point_robot.py.
 
 Cheetah-Vel     HalfCheetah; a task is the target velocity [v], drawn uniformly or, in the family
-                of App. G, around three means. Observation: qpos without x (8), qvel (9), the
+                of App. I, around three means. Observation: qpos without x (8), qvel (9), the
                 torso's place (3). Reward: -|v_x - v| - 0.05 |a|^2, v_x the mean velocity over
                 the step.
 Walker-Param    Walker2d that runs on after a fall; a task is 65 exponents u in [-3, 3]: every entry

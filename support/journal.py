@@ -163,9 +163,8 @@ class Journal:
         last = state.step == self.cfg.training.steps
         if self.chief and (state.step % run.log_every == 0 or last):
             self._write_row(last)
-        if (
-            state.step % run.log_every == 0
-        ):  # after the row, before the checkpoint: a new row begins
+        # after the row, before the checkpoint: a new row begins
+        if state.step % run.log_every == 0:
             state.sums = {}
         if self.chief and (state.step % run.checkpoint_every == 0 or last or asked):
             state.rows = self.log.checksum

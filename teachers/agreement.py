@@ -19,7 +19,12 @@ Shapes: N tasks, T steps, ds/da numbers of a state/an action.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    from support.stop import at_once
+
+    at_once()
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +92,7 @@ def differences(policies: Policies, inputs: Tensor) -> np.ndarray:
 
 
 def agreement(env: str, tasks: list, policies: Policies, random: float, seed: int) -> Agreement:
-    """Of N tasks and their N policies; `random` is passed on. Raises ValueError for under three."""
-    if len(tasks) < 3:
-        raise ValueError(f"{len(tasks)} tasks: neighbours need three or more (--train-tasks)")
+    """Of N >= 3 tasks and their N policies; `random` is passed on."""
     others = neighbours(np.array(tasks, float))
     own = rollout(policies, env, tasks, 1, (seed, 0), sampled=False)
     inputs = network_input(get_family(env), own["states"][:, 0])
@@ -107,17 +110,21 @@ def agreement(env: str, tasks: list, policies: Policies, random: float, seed: in
 
 
 def measure(cfg: Collection) -> Agreement:
-    """Of the training tasks of `cfg`; its teachers are trained if they are not there."""
+    """Of the training tasks of `cfg`; its teachers are trained if they are not there.
+
+    Raises ValueError with one line where there is nothing to compare, before any training.
+    """
     check(cfg)
-    data, env = cfg.data, cfg.data.env
+    env, (train, test) = cfg.data.env, split_of(cfg)
     if teacher_algorithm(cfg) is None:
         raise ValueError(f"{env}'s teacher is a rule: there are no policies to compare")
-    train, test = split_of(cfg)
-    work = replace(cfg.work, workers=cfg.work.workers or 1)
-    root = Path(data.datasets)
-    teachers = train_teachers(root, env, cfg.teachers, train + test, work, train=len(train))
+    if get_family(env).discrete_actions:
+        raise ValueError(f"{env}'s actions are discrete: two of them have no mean")
+    if len(train) < 3:
+        raise ValueError(f"{len(train)} tasks: neighbours need three or more (--train-tasks)")
+    teachers = train_teachers(cfg, train, test)
     random = float(teachers.random[: len(train)].mean())
-    return agreement(env, train, best_policies(teachers, len(train)), random, data.data_seed)
+    return agreement(env, train, best_policies(teachers, len(train)), random, cfg.data.data_seed)
 
 
 def main() -> None:
@@ -125,7 +132,9 @@ def main() -> None:
     from support.command_line import parse_collection
 
     torch.set_num_threads(1)
-    cfg, _ = parse_collection()
+    cfg, export = parse_collection()
+    if export:
+        raise ValueError("--export-minari is for collect.py: nothing is collected here")
     found = measure(cfg)
     print(
         f"{cfg.data.env}, --teacher {cfg.teachers.teacher}: actions differ by {found.near:.3f} "

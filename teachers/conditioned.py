@@ -65,7 +65,9 @@ class ConditionedSAC(StackedSAC):
         self.tasks = tasks.to(device)
         # What the networks read of a task: numbers of about unit size, by the training tasks' own.
         trained = self.tasks[:n]
-        spread = trained.std(0, correction=0).clamp_min(1e-6)  # a number that never varies: 0
+        spread = trained.std(0, correction=0)
+        # One that never varies in training is in its own unit: held-out tasks may have another.
+        spread = torch.where(spread > 1e-6, spread, 1.0)
         coded = (self.tasks - trained.mean(0)) / spread
         # Many numbers together as long as four are: or they would drown the state.
         self.coded = coded * min(1.0, (4 / coded.shape[1]) ** 0.5)  # (N, dt)

@@ -256,9 +256,6 @@ def train_ppo(
     agents = StackedPPO(n, batch.family, cfg, first_weights, device, siblings)
     settings = {**asdict(cfg), "seed": [int(number) for number in seed], "n": n}
     step = resume(folder, "ppo-state", settings, agents)
-    if not step:  # policies whose state was deleted would mix two runs
-        for path in folder.glob("step-*.safetensors"):
-            path.unlink()
     kind, rng = "ppo-discrete" if agents.discrete else "ppo", torch.Generator(device)
     while step < total:
         # one segment; 0 drew the weights

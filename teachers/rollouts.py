@@ -189,10 +189,11 @@ def parts_of(
 ) -> list[Part]:
     """The jobs of a dataset of N tasks: who plays how many episodes of each.
 
-    With `explore`, other tasks' checkpoints are of the same quality, all equally likely.
+    With `explore`, other tasks' checkpoints are of the same quality, all equally likely; a single
+    task, which has no others, plays all of its data itself.
     """
-    share = OWN_SHARE[data.recipe] if len(tasks) > 1 else 1.0  # one task: there are no others
-    own = max(1, round(share * data.data_episodes))
+    alone = data.recipe == "explore" and len(tasks) == 1
+    own = max(1, round((1.0 if alone else OWN_SHARE[data.recipe]) * data.data_episodes))
     parts = []
     for i, task in enumerate(tasks):
         # streams are named (seed, purpose, task): 1 own episodes, 2 queries, 3 who else, 4 theirs

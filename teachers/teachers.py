@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,9 @@ from typing import Any
 
 import numpy as np
 
-from config import Teachers, Whose, Work
+from config import Collection, Teachers, Whose, Work
 from envs import get_family, make_batch, optimal_returns, random_returns
+from support.distributed import resolve_device
 from support.files import (
     Damaged,
     Wanted,
@@ -91,16 +93,10 @@ def default_algorithm(env: str, teacher: Whose = "each") -> SACConfig | PPOConfi
     if isinstance(PAPER.get(env), kind):
         return PAPER[env]
     if kind is PPOConfig:  # 400 episodes, 10 a rollout, 5 minibatches
-        rollout_steps = 10 * horizon
-        return PPOConfig(
-            40 * rollout_steps, rollout_steps, batch=2 * horizon, save_every=rollout_steps
-        )
+        n_steps = 10 * horizon
+        return PPOConfig(40 * n_steps, n_steps, batch=2 * horizon, save_every=n_steps)
     if family.state_values or family.discrete_actions:
-        raise ValueError(
-            f"{env}: SAC (--teacher one) needs continuous states and actions"
-            if teacher == "one"
-            else f"{env}: SAC needs continuous states; a grid's teacher can be ppo"
-        )
+        raise ValueError(f"{env}: SAC needs continuous states and actions, as does --teacher one")
     steps = 200 * horizon  # 200 episodes, a checkpoint after every 5
     return SACConfig(steps, 5 * horizon, 5 * horizon, hidden=64, replay=steps)
 
@@ -182,7 +178,7 @@ def groups_of(
             folder=str(folder / f"group-{number:03d}"),
             device=device,
             teacher=teacher,
-            played=train or None,
+            played=train if train and teacher == "one" else None,
         )
         for number, first in enumerate(range(0, len(tasks), size))
     ]
@@ -210,12 +206,11 @@ def train_group(group: Group, alive) -> None:
 def train_policies(group: Group, alive) -> None:
     """From the group's state, or from the beginning, to the last checkpoint."""
     trained_by, siblings = group.trained_by, group.teacher == "siblings"
-    one = group.teacher == "one"
-    batch = make_batch(group.env, group.tasks[: group.played] if one else group.tasks)
+    batch = make_batch(group.env, group.tasks[: group.played])
     rest = group.seed, Path(group.folder), lambda *_: alive(), group.device
     if isinstance(trained_by, SACConfig):
         build = partial(separate, siblings=siblings)
-        if one:
+        if group.teacher == "one":
             build = partial(together, tasks=group.tasks)
         train_sac(batch, trained_by, *rest, build=build)
     else:
@@ -306,24 +301,22 @@ def teachers_folder(root: Path, env: str, settings: Teachers, tasks: list, train
     return root / "teachers" / f"{name}-{short_hash(everything)}"
 
 
-def train_teachers(
-    root: Path,
-    env: str,
-    settings: Teachers,
-    tasks: list,
-    work: Work,
-    quiet: bool = False,
-    train: int = 0,
-) -> TrainedTeachers:
-    """Train and measure the teachers of `tasks`, or read them if they are there.
+def processes(work: Work) -> int:
+    """What --workers says; 0 is one a core."""
+    return work.workers or os.cpu_count() or 1
 
-    Of `tasks` the first `train` are training tasks (0: all), the others held out. `root` is the
-    folder of the datasets, all of which they serve. Raises ValueError with one line for impossible
+
+def train_teachers(cfg: Collection, train: list, test: list, quiet=False) -> TrainedTeachers:
+    """Train and measure the teachers of all tasks, or read them if they are there.
+
+    Those of the held-out tasks `test` come last. Raises ValueError with one line for impossible
     settings, a full disk or a second process. A damaged file is set aside, and made anew: levels
     are measured once more, policies trained, which gives the same bytes.
     """
-    folder = teachers_folder(root, env, settings, tasks, train)
-    groups = groups_of(env, settings, tasks, folder, work.teacher_device, train)
+    env, settings, work, tasks = cfg.data.env, cfg.teachers, cfg.work, train + test
+    folder = teachers_folder(Path(cfg.data.datasets), env, settings, tasks, len(train))
+    device = str(resolve_device(work.teacher_device, "--teacher-device"))  # of auto
+    groups = groups_of(env, settings, tasks, folder, device, len(train))
     steps = checkpoints(groups[0].trained_by)
     if missing := [group for group in groups if damage_of(group) or not finished(group)]:
         need_space(folder, 1.1 * sum(disk_space(group) for group in missing))
@@ -337,7 +330,7 @@ def train_teachers(
                 for path, reason in damage_of(group).items():
                     set_aside(path, reason)
             with bar_of(written, total, title, "checkpoint", quiet) as watch:
-                run_jobs(train_group, missing, work.workers, work.cluster, watch)
+                run_jobs(train_group, missing, processes(work), work.cluster, watch)
     return read_levels(env, groups, steps)
 
 
@@ -386,21 +379,17 @@ def load_levels(group: Group) -> dict[str, np.ndarray]:
 
 def read_levels(env: str, groups: list[Group], steps: list[int]) -> TrainedTeachers:
     """What all groups' levels.npz say."""
-    columns: dict[str, list] = {"sampled": [], "mean": [], "success": [], "random": []}
-    highest = []
-    for arrays in map(load_levels, groups):
-        highest.append(arrays["sampled"].max((0, 2)))
-        for name, values in arrays.items():
-            columns[name].append(values.mean(2) if values.ndim == 3 else values)
-    joined = {name: np.concatenate(parts, -1) for name, parts in columns.items()}
-    return TrainedTeachers(env, groups, steps, highest=np.concatenate(highest), **joined)
+    found = [load_levels(group) for group in groups]
+    highest = np.concatenate([levels["sampled"].max((0, 2)) for levels in found])
+    means = [{k: v.mean(2) if v.ndim == 3 else v for k, v in levels.items()} for levels in found]
+    joined = {name: np.concatenate([levels[name] for levels in means], -1) for name in means[0]}
+    return TrainedTeachers(env, groups, steps, highest=highest, **joined)
 
 
 def describe(teachers: TrainedTeachers, tasks: list) -> str:
     """One line: the teachers' mean return between the random policy's and the optimum."""
     env, best, random = teachers.env, teachers.best, teachers.random
-    line = f"teachers of {env}: return {best.mean():.1f} on average, "
-    line += f"random policy {random.mean():.1f}"
+    line = f"teachers of {env}: return {best.mean():.1f} on average, random {random.mean():.1f}"
     optimum = optimal_returns(env, tasks)
     if optimum is not None:
         share = ((best - random) / (optimum - random)).mean()

@@ -3,13 +3,12 @@
 Run: pytest tests/test_agreement.py
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, run
 
-from config import Collection, Data, Teachers
+from config import Collection, Data, Teachers, Work
 from teachers.agreement import agreement, differences, measure, neighbours
 from teachers.rollouts import Policies
 from teachers.sac import init_mlp
@@ -57,16 +56,29 @@ def test_equal_teachers_do_not_differ_and_others_do():
     assert min(other.near, other.far) > 0.05 and abs(other.between - other.own) > 0.05
 
 
-def test_the_command_trains_what_it_compares_and_refuses_rules(tmp_path):
+def test_the_command_trains_what_it_compares(tmp_path):
     teachers = Teachers(
         teacher="one", teacher_steps=60, teacher_save_every=20, teacher_warmup=20, teacher_hidden=8
     )
     data = Data(env="point-robot", train_tasks=3, test_tasks=1, datasets=str(tmp_path))
-    cfg = Collection(data, teachers)
+    cfg = Collection(data, teachers, Work(workers=1, teacher_device="auto"))
     found = measure(cfg)
     assert found == measure(cfg) and found.near > 0  # the second time they are read
     assert len(list(tmp_path.glob("teachers/*/group-*/step-*"))) == 3
-    with pytest.raises(ValueError, match="three or more"):
-        measure(replace(cfg, data=replace(data, train_tasks=2)))
-    with pytest.raises(ValueError, match="rule"):
-        measure(Collection(Data(env="darkroom", datasets=str(tmp_path)), Teachers()))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--env point-robot --train-tasks 2", "2 tasks: neighbours need three or more"),
+        ("--env darkroom", "darkroom's teacher is a rule"),
+        (f"--env {ROOT}/tests/forks/chain.py", "chain.py's actions are discrete"),
+        ("--env point-robot --export-minari x", "--export-minari is for collect.py"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_before_any_training(
+    tmp_path, line, message, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    ended = run("teachers/agreement.py", [*line.split(), "--preset", "cpu"], monkeypatch, capsys)
+    assert message in ended.error and not list(tmp_path.iterdir())

@@ -176,18 +176,32 @@ def test_auto_is_paper_with_cuda_and_cpu_without(monkeypatch):
     assert parse_config(["--preset", "paper"]) != parse_config(["--preset", "cpu"])
 
 
-@pytest.mark.parametrize(
-    ("backbone", "prompt_length", "task_experts", "w_contrastive"),
-    [("ad", 400, 12, 0.01), ("dpt", 100, 8, 0.001)],
-)
-def test_the_paper_preset_is_tables_4_and_5(backbone, prompt_length, task_experts, w_contrastive):
-    cfg = parse_config(["--preset", "paper", "--backbone", backbone])
+TABLES_4_AND_5 = {  # training steps, learning rate, prompt length, task experts, InfoNCE weight
+    ("ad", "darkroom"): (300_000, 3e-4, 400, 12, 0.01),
+    ("ad", "point-robot"): (100_000, 3e-4, 80, 8, 0.01),
+    ("ad", "cheetah-vel"): (100_000, 3e-4, 800, 8, 0.01),
+    ("ad", "walker-param"): (100_000, 3e-4, 800, 8, 0.01),
+    ("ad", "reach"): (100_000, 5e-5, 400, 8, 0.01),
+    ("ad", "push"): (100_000, 3e-4, 400, 8, 0.01),
+    ("dpt", "darkroom"): (300_000, 3e-4, 100, 8, 0.001),
+    ("dpt", "point-robot"): (100_000, 3e-4, 20, 8, 0.001),
+    ("dpt", "cheetah-vel"): (100_000, 3e-4, 200, 8, 0.01),
+    ("dpt", "walker-param"): (100_000, 3e-4, 200, 8, 0.01),
+    ("dpt", "reach"): (100_000, 5e-5, 100, 8, 0.01),
+    ("dpt", "push"): (100_000, 3e-4, 100, 8, 0.001),
+}
+OFFICIAL_EPISODES = {"darkroom": 100, "walker-param": 40}  # of an evaluation; 30 elsewhere
+
+
+@pytest.mark.parametrize(("backbone", "env"), TABLES_4_AND_5)
+def test_the_paper_preset_is_tables_4_and_5(backbone, env):
+    cfg = parse_config(["--preset", "paper", "--env", env, "--backbone", backbone])
     training, model = cfg.training, cfg.model
-    assert training.prompt_length == prompt_length
-    assert (model.task_experts, model.w_contrastive) == (task_experts, w_contrastive)
-    assert (training.steps, training.lr) == (300_000, 3e-4)
+    found = (training.steps, training.lr, training.prompt_length)
+    assert (*found, model.task_experts, model.w_contrastive) == TABLES_4_AND_5[backbone, env]
     assert (model.token_experts, model.moe_position, model.momentum) == (6, "top", 0.995)
     assert (model.moe, model.routing, cfg.data.quality) == ("both", "sequence", "mixed")
+    assert cfg.play.episodes == OFFICIAL_EPISODES.get(env, 30)
     if backbone == "dpt":
         assert cfg.method.query_position == "first"
 
@@ -424,13 +438,14 @@ def test_evaluate_refuses_what_cannot_be(
         ("collect.py", "--env point-robot --teacher-save-every 30", "--teacher-save-every 30"),
         ("collect.py", "--env point-robot --teacher-lr inf", "--teacher-lr inf"),
         ("collect.py", "--env push --preset paper --teacher-hidden 64", "--teacher-hidden"),
-        ("collect.py", "--env push --teacher-device cuda", "cuda"),
+        ("collect.py", "--env push --teacher-device cuda", "--teacher-device cuda"),
         ("collect.py", "--env missing.py", "missing.py"),
         ("collect.py", "--task-seed=-1", "--task-seed -1"),
         ("collect.py", "--datasets=", "--datasets"),
         ("collect.py", "--cluster=", "--cluster"),
         ("collect.py", "--export-minari=", "--export-minari"),
         ("tools/bench.py", "--only nope", "nope"),
+        ("tools/bench.py", "--only env-point-robot --threads=-1", "--threads -1: it should be"),
         ("figures.py", "nowhere", "nowhere is not a t2mir run"),
     ],
 )

@@ -19,7 +19,7 @@ from teaching import flip
 
 import collect as module
 from collect import collect, dataset_folder
-from config import Collection
+from config import Collection, Data
 from data import file_hash, load_dataset
 from envs import split_tasks
 from families.darkroom import BatchedDarkRoom
@@ -327,6 +327,72 @@ def test_bad_settings_are_refused_before_anything_is_written(tiny_config, tmp_pa
         collect(changed(tiny_config, datasets=str(tmp_path / "new"), **change), quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_complete_dataset_is_said_to_be_complete(finished, capsys):
+    cfg, folder = finished
+    assert collect(cfg) == folder and capsys.readouterr().out == f"{folder} is complete\n"
+    assert collect(cfg, quiet=True) == folder and capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------ a user's rule
+RULE = """
+import numpy as np
+from envs import Family
+
+class Still:
+    def __init__(self, tasks, seed=0):
+        self.count = len(tasks)
+
+    def reset(self):
+        return np.zeros((self.count, 2), np.float32)
+
+    def step(self, actions):
+        return self.reset(), np.zeros(self.count, np.float32)
+
+def collect(data, train_tasks, index):
+    e, q = data.data_episodes, data.data_queries
+    arrays = {"states": np.zeros((e, 4, 2)), "actions": np.zeros((e, 4, 1)),
+              "rewards": np.zeros((e, 4)), "query_states": np.zeros((q, 2)),
+              "query_actions": np.zeros((q, 1))}
+    return arrays
+
+OWN = Family("still", horizon=4, state_dim=2, action_dim=1, train_tasks=3, test_tasks=1,
+             task_low=(0.0,), task_high=(1.0,), batch=Still, teacher="rule", collect_task=collect,
+             sample_tasks=lambda count, rng: rng.random((count, 1)))
+"""
+
+
+def by_rule(tmp_path, old="", new="") -> Collection:
+    assert old in RULE
+    (tmp_path / "rule.py").write_text(RULE.replace(old, new))
+    data = {"data_episodes": 5, "data_queries": 6, "datasets": str(tmp_path / "data")}
+    return Collection(Data(str(tmp_path / "rule.py"), **data))
+
+
+def test_a_rule_of_the_users_makes_a_dataset(tmp_path):
+    cfg = by_rule(tmp_path)
+    assert load_dataset(collect(cfg, quiet=True), cfg.data.env).states.shape == (3, 5, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("return arrays", "return arrays[3]", r"line 20: KeyError: 3"),
+        ("return arrays", "return None", "of what collect_task gives, states is missing"),
+        ("return arrays", "return 5", "AttributeError: 'int' object"),
+        ('"rewards"', '"reward"', "of what collect_task gives, rewards is missing"),
+        ("(q, 2)", "(q, 3)", r"query_states must be numbers of shape \(6, 2\), not .* \(6, 3\)"),
+        ("np.zeros((e, 4))", "np.zeros((e, 4), str)", "rewards must be numbers of .*, not <U1"),
+        ("np.zeros((e, 4))", "np.full((e, 4), np.nan)", "rewards holds values that are not finite"),
+    ],
+)
+def test_a_wrong_rule_is_one_line_before_anything_is_saved(tmp_path, old, new, message):
+    cfg = by_rule(tmp_path, old, new)
+    with pytest.raises(ValueError, match=message) as error:
+        collect(cfg, quiet=True)
+    assert str(error.value).startswith(f"--env {cfg.data.env}") and "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 # ---------------------------------------------------------------------------------- what is stored

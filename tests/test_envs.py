@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-import envs
 from config import Data
 from envs import (
     FAMILIES,
@@ -166,14 +165,6 @@ def test_no_task_is_trained_on_and_held_out(seed):
     assert split_tasks(env, seed) == (train, test)
 
 
-@pytest.mark.parametrize("env", ["darkroom", "point-robot"])
-@pytest.mark.parametrize("counts", [{"train": -1}, {"test": -1}])
-def test_negative_numbers_of_tasks_are_refused(env, counts):
-    with pytest.raises(ValueError, match="must not be negative") as error:
-        split_tasks(env, **counts)
-    assert "\n" not in str(error.value)
-
-
 def test_a_room_has_no_more_than_its_cells():
     assert [len(part) for part in split_tasks("darkroom", train=99, test=1)] == [99, 1]
     with pytest.raises(ValueError, match="a room has 100 cells: 81 training and 20"):
@@ -188,6 +179,8 @@ BAD_TASKS = [
     ("point-robot", [np.inf, 0]),
     ("point-robot", [2.1, 0]),
     ("point-robot", [0, -2.1]),
+    ("point-robot", [0, -(10**400)]),
+    ("point-robot", [2**64, 0]),
     ("point-robot", ["0.1", "0.2"]),
     ("point-robot", "ab"),
     ("point-robot", [0.1, None]),
@@ -266,20 +259,12 @@ def test_random_returns_are_the_same_every_time(env):
     tasks = split_tasks(env)[0][:2]
     found = random_returns(env, tasks, 3)
     assert found.shape == (2,) and np.isfinite(found).all() and found[0] != found[1]
-    first = found.copy()
-    found += 1  # the caller's own
-    np.testing.assert_array_equal(random_returns(env, np.array(tasks).tolist(), 3), first)
-    envs._played_at_random.cache_clear()
-    np.testing.assert_array_equal(random_returns(env, tasks, 3), first)
+    np.testing.assert_array_equal(random_returns(env, np.array(tasks), 3), found)
 
 
 def test_optimum_is_unknown_where_it_is():
-    unknown = [
-        env
-        for env in FAMILIES
-        if env != "reach" and optimal_returns(env, [[0] * get_family(env).task_numbers]) is None
-    ]
-    assert unknown == ["cheetah-vel", "cheetah-vel-3cluster", "walker-param", "push"]
+    unknown = [env for env in FAMILIES if optimal_returns(env, split_tasks(env)[1]) is None]
+    assert unknown == ["cheetah-vel", "cheetah-vel-3cluster", "walker-param", "reach", "push"]
 
 
 # ---------------------------------------------------------------------------------- split and files

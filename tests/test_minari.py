@@ -490,7 +490,35 @@ def test_import_refuses_sources_and_targets(root, foreign, tmp_path):
     velocities = tmp_path / "velocities.json"
     velocities.write_text('{"train": [1.0, 2.0], "test": [3.0]}')
     refused(tmp_path, line, import_minari, foreign, new, "cheetah-vel", velocities)
-    refused(tmp_path, "--queries", import_minari, foreign, new, "point-robot", tasks, queries=0)
+
+
+def test_what_the_command_line_says_is_checked_before_anything_is_read(
+    foreign, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tools.minari_io._read", lambda *_: pytest.fail("read a dataset"))
+    start = (tmp_path, "unknown environment 'atlantis'", import_minari, foreign, tmp_path / "new")
+    tasks = tasks_file(tmp_path, train=GOALS["train"])
+    refused(*start, "atlantis")
+    refused(*start, "atlantis", tasks)
+    for message, *options in (
+        ("--tasks needs --env", None, tasks),
+        ("names 3 training tasks, and there are 2 datasets", "point-robot", tasks),
+        ("nowhere.json is missing", "point-robot", tmp_path / "nowhere.json"),
+        ("--queries must be at least 1", "point-robot", tasks, None, 0),
+    ):
+        refused(tmp_path, message, import_minari, foreign, tmp_path / "new", *options)
+
+
+def test_a_taken_target_is_refused_before_anything_is_collected(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minari/t2mir/darkroom-medium-explore").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    line = "--quality medium --recipe explore --data-episodes 5 --export-minari minari"
+    assert "never overwritten" in run("collect.py", line.split(), monkeypatch, capsys).error
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    line = line.replace("medium", "mixed")
+    assert "needs Minari" in run("collect.py", line.split(), monkeypatch, capsys).error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -410,13 +410,6 @@ def test_same_seed_same_bytes_other_seed_other(whole, tmp_path):
     assert all(blob != other[name] for name, blob in contents(whole[0]).items())
 
 
-def test_policies_of_a_deleted_state_are_not_mixed_with_new_ones(copy):
-    (copy / STATE).unlink()
-    train_ppo(make(), replace(SMALL, save_every=128), SEED, copy)
-    kept = ["step-0000000128.safetensors", "step-0000000256.safetensors"]
-    assert sorted(contents(copy)) == [STATE, *kept]
-
-
 # -------------------------------------------------------------------------------- stop and continue
 def stopping(at, reports):
     def report(step, value):

@@ -190,6 +190,7 @@ def test_any_change_of_meta_json(paper_folder, here, data):
 @OFTEN
 @given(content=plain, train=plain, test=plain)
 @example(content=0, train=[[0, 0]], test=[[True, 1]])
+@example(content=0, train=[[0, 0]], test=[[2**64, -(10**400)]])
 def test_any_file_of_tasks(here, content, train, test):
     file = here / "tasks.json"
     for held in (content, {"train": train, "test": test}):

@@ -350,6 +350,15 @@ def test_wander_is_played_at_random_by_half(marked, tmp_path):
     np.testing.assert_allclose(arrays["query_actions"], np.tile(mark(1, 1), (30, 1)), atol=1e-5)
 
 
+def test_a_single_task_has_no_others_but_may_have_random_actions(marked, tmp_path):
+    """Of explore nothing is left but its own; wander needs nobody else."""
+    for recipe, own, random in (("paper", 40, 0), ("explore", 40, 0), ("wander", 20, 20)):
+        data = Data(env="point-robot", recipe=recipe, data_episodes=40)
+        behaviours = [marked.behaviour("mixed", 0)]
+        (part,) = parts_of(data, [[0.3, 0.0]], behaviours, [tmp_path / "task-000.npz"])
+        assert (part.own, part.random, part.others) == (own, random, [])
+
+
 def test_explore_takes_every_policy_of_others_equally_often(marked, tmp_path):
     where = {(marked.place(t)[0].folder, marked.place(t)[1]): t for t in range(5)}
     for i, part in enumerate(parts(marked, tmp_path, recipe="explore", episodes=4000)):

@@ -13,7 +13,7 @@ import pytest
 from teaching import alive, made, one_line, rows_of, teachers, unchanged, written
 
 from collect import dataset_folder, maximum
-from config import Collection, Data, Teachers
+from config import Collection, Data, Teachers, Work
 from envs import get_family, random_returns
 from support.user_file import code_of
 from teachers import teachers as module
@@ -28,6 +28,7 @@ from teachers.teachers import (
     algorithm,
     checkpoints,
     groups_of,
+    processes,
     teachers_folder,
     train_group,
 )
@@ -217,6 +218,11 @@ def test_place_of_a_task(known):
     ]  # fmt: skip
     with pytest.raises(IndexError):
         known.place(3)
+
+
+def test_no_number_of_workers_is_one_a_core(monkeypatch):
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 7)
+    assert [processes(Work(workers=workers)) for workers in (0, 1, 9)] == [7, 1, 9]
 
 
 def test_groups_and_their_folders(tmp_path):

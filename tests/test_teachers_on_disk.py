@@ -383,7 +383,7 @@ def test_full_disk_is_refused_before_any_work(point_config, tmp_path, monkeypatc
         ({"data_seed": -1}, "--data-seed"),
         ({"workers": -1}, "--workers"),
         ({"train_tasks": -1}, "--train-tasks"),
-        ({"teacher_device": "toaster"}, "toaster"),
+        ({"teacher_device": "toaster"}, "--teacher-device toaster"),
         ({"tasks": "missing.json"}, "missing.json"),
         ({"env": "nope"}, "nope"),
         ({"data_episodes": 4}, "--data-episodes"),

@@ -219,6 +219,14 @@ BAD_FILES = [
     (LEVERS.replace('"ppo"', '"dqn"'), "its teacher must be sac, ppo or rule"),
     (LEVERS.replace('"ppo"', '"rule"'), "a rule needs collect_task"),
     (LEVERS.replace('"ppo"', '"sac"'), "SAC needs continuous actions"),
+    (CART.replace("low=(-1.0", "low=(1.5"), "its limits: finite, low <= high"),
+    (CART.replace("(1.0, 0.5)", "(1.0, np.inf)"), "its limits: finite, low <= high"),
+    (CART.replace("(1.0, 0.5)", "(1.0, np.nan)"), "its limits: finite, low <= high"),
+    (CART.replace("batch=", "reward_scale=0, batch="), "reward_scale must not be 0"),
+    (CART.replace("batch=", "state_values=(3,), batch="), "state_values, state_units: one per"),
+    (CART.replace("batch=", "state_units=((0, 0), (1,)), batch="), "state_values, state_units"),
+    (CART.replace("batch=", "state_units=((0, 0), (1, 0)), batch="), "no unit may be 0"),
+    (CART.replace("batch=", "state_units=((0, 0),), batch="), "no unit may be 0"),
 ]
 
 
@@ -247,6 +255,8 @@ def test_missing_file_is_one_line(tmp_path):
         (CART, "self.x = self.x + self.v", "self.x = self.y", r"line \d+: AttributeError: .*'y'"),
         (CART, "self.tasks, self.rng =", "1 / 0; self.tasks, self.rng =", r"line \d+: ZeroDiv"),
         (CART, "return np.stack([rng.uniform(-1", "return nothing([rng.uniform(-1", "NameError: "),
+        (CART, "batch=Carts", "batch=Carts, reward=min", "step must set `outcome`"),
+        (CART, "batch=Carts", "batch=Carts, lesson=min", "step must set `outcome`"),
     ],
 )
 def test_wrong_batch_is_one_line_before_any_work(write, text, old, new, message):

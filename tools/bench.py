@@ -39,13 +39,12 @@ import numpy as np
 import torch
 import tyro
 
-from config import Threads
+from config import Run
 from envs import get_family, make_batch, make_env, sample_tasks
 from evaluate import play
-from support.checked import validated
 from support.command_line import one_line, preset_config
 from support.files import write_atomically
-from support.settings import with_values
+from support.settings import check_types, with_values
 from teachers.ppo import PPOConfig, StackedPPO
 from teachers.ppo import play as play_ppo
 from teachers.sac import Replay, SACConfig, StackedSAC
@@ -316,7 +315,7 @@ def bench(
         threads: CPU threads; 0: all cores.
     """
     names = chosen(only)
-    validated(Threads, threads, "--threads: ")
+    check_types(Run(threads=threads))
     if json_file:  # before the measurements, which take minutes
         Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         if Path(json_file).is_dir():

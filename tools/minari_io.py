@@ -62,9 +62,7 @@ def _import_minari(who: str):
 
 def _refuse_existing(folder: Path) -> None:
     if folder.exists():
-        raise ValueError(
-            f"{folder} exists and is never overwritten: name another folder, or remove it"
-        )
+        raise ValueError(f"{folder} exists and is never overwritten: name another, or remove it")
 
 
 @contextmanager
@@ -90,6 +88,21 @@ def _checksum(part: dict[str, np.ndarray], task: int, meta: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------- export
+def _place(meta: dict, target: Path) -> tuple[str, Path]:
+    """The name of a dataset's export, and its folder. Raises ValueError if that is there."""
+    kind = [meta[key] for key in ("quality", "recipe") if meta.get(key) not in (None, "paper")]
+    name = "t2mir/" + re.sub(r"[^-\w]+", "-", "-".join([get_family(meta["env"]).name, *kind]))
+    final = Path(target).absolute() / name
+    _refuse_existing(final)
+    return name, final
+
+
+def check_export(meta: dict, target: Path) -> None:
+    """Raises ValueError with one line where `export_minari` of such a dataset would."""
+    _import_minari("--export-minari")
+    _place(meta, target)
+
+
 def export_minari(
     folder: Positional[Path], target: Positional[Path], env: str | None = None
 ) -> list[str]:
@@ -107,11 +120,8 @@ def export_minari(
     minari, folder = _import_minari("--export-minari"), Path(folder)
     meta = load_dataset(folder, env).meta  # checks all of it
     family, tasks = get_family(meta["env"]), meta["train_tasks"]
-    kind = [meta[key] for key in ("quality", "recipe") if meta.get(key) not in (None, "paper")]
-    name = "t2mir/" + re.sub(r"[^-\w]+", "-", "-".join([family.name, *kind]))
+    name, final = _place(meta, target)
     ids = [f"{name}/task-{i:03d}-v0" for i in range(len(tasks))]
-    final = Path(target).absolute() / name
-    _refuse_existing(final)
     # Minari's numbers have eight bytes, and episodes a state more.
     numbers = (family.horizon + 1) * (family.state_dim + family.action_dim + 1)
     need_space(final, len(tasks) * meta["data_episodes"] * numbers * 8)
@@ -192,19 +202,28 @@ def import_minari(
     """
     minari, source, target = _import_minari("import"), Path(source).absolute(), Path(target)
     _refuse_existing(target)
+    if queries < 1:
+        raise ValueError("--queries must be at least 1")
+    split = None
+    if env is not None:
+        get_family(env)  # refuses an unknown one
+        split = None if tasks is None else split_tasks(env, file=tasks)
+    elif tasks is not None:
+        raise ValueError("--tasks needs --env: which family's tasks are they?")
     names = ids or _names(source)
     if not names:
         raise ValueError(f"{source} holds no Minari datasets")
+    if split and len(split[0]) != len(names):
+        said = f"{tasks} names {len(split[0])} training tasks"
+        raise ValueError(f"{said}, and there are {len(names)} datasets")
     bar = progress(names, desc=f"reading {source}", unit="task")
     datasets = {name: _read(minari, source / name) for name in bar}
-    if tasks is None and all("t2mir" in metadata for metadata, _ in datasets.values()):
+    if env is not None and split is not None:
+        meta, parts = _foreign(datasets, env, split, queries, seed)
+    elif all("t2mir" in metadata for metadata, _ in datasets.values()):
         meta, parts = _exported(source, datasets, env)
-    elif env is None or tasks is None:
-        raise ValueError(
-            f"not all datasets in {source} were exported from here: say --env and --tasks"
-        )
     else:
-        meta, parts = _foreign(datasets, env, tasks, queries, seed)
+        raise ValueError(f"not all of {source} was exported from here: say --env and --tasks")
     need_space(target, sum(array.nbytes for part in parts for array in part.values()))
     with _all_or_nothing(target) as folder:
         for i, part in enumerate(parts):
@@ -295,18 +314,10 @@ def _check_env(source: Path, exported: str, env: str | None) -> None:
 
 
 def _foreign(
-    datasets: dict, env: str, tasks_file: Path, queries: int, seed: int
+    datasets: dict, env: str, split: tuple[list, list], queries: int, seed: int
 ) -> tuple[dict, list]:
     """meta.json and the parts of datasets that were made elsewhere."""
-    family, (train, test) = get_family(env), split_tasks(env, file=tasks_file)
-    if len(train) != len(datasets):
-        raise ValueError(
-            f"{tasks_file} names {len(train)} training tasks, and there are {len(datasets)} "
-            "datasets"
-        )
-    if queries < 1:
-        raise ValueError("--queries must be at least 1")
-    parts = []
+    family, (train, test), parts = get_family(env), split, []
     for task, (name, (metadata, episodes)) in zip(train, datasets.items(), strict=True):
         made_by = metadata["env_spec"]  # Gymnasium's, if the file names an environment
         if made_by is not None and family.gym_id not in ("", made_by.id):
@@ -315,7 +326,7 @@ def _foreign(
             )
         if made_by is not None and check_tasks(env, [made_by.kwargs.get("task", task)]) != [task]:
             raise ValueError(
-                f"{name} was made in task {made_by.kwargs['task']}, and {tasks_file} says {task}"
+                f"{name} was made in task {made_by.kwargs['task']}, and --tasks says {task}"
             )
         parts.append(_foreign_part(name, episodes, family))
     counts = [len(part["rewards"]) for part in parts]

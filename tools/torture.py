@@ -11,9 +11,10 @@ Nothing here is of the paper, and `make test` does not run it. In a temporary fo
     pairs     starts two commands on one run or dataset at the same moment
     processes kills one process of data-parallel training (torchrun), and continues it
 
-Until the time is over or the counts are reached, whichever comes first; a command in hand ends
-first. What is compared: bytes of datasets, teachers, config.json and returns; all tensors of a
-checkpoint; train.csv but for its two columns of time.
+--minutes ends pairs and kills where their counts have not; a command in hand ends first. All else
+is always done: every command once undisturbed, damages, processes. What is compared: bytes of
+datasets, teachers, config.json and returns; all tensors of a checkpoint; train.csv but for its two
+columns of time.
 """
 
 from __future__ import annotations
@@ -402,7 +403,7 @@ def main(
     """Torture this copy of the project; needs Linux and the test extras.
 
     Args:
-        minutes: what is not reached by then is left out.
+        minutes: pairs and kills that have not begun by then are left out.
         seed: of the moments, bits and lengths.
         kills: kill -9 of commands, in all.
         flips: single bits, spread over every kind of file.
