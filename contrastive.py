@@ -75,15 +75,15 @@ def eq7_info_nce(
 
     `query` and `key` are of the same m trajectories. Returns the mean loss over the queries that
     have a positive, and the accuracy: how often the key with the best score is a positive one (by
-    chance: positives / keys). Both are computed in float32, also under autocast.
-
-    Raises ValueError when no query has a positive (every task was drawn once).
+    chance: positives / keys). Both are computed in float32, also under autocast, and 0 when no
+    query has a positive (every task was drawn once).
     """
     is_key, positive = eq7_pairs(task, keys)
     # A row whose task was drawn once has nothing to find: it serves as a key, but asks nothing.
     asks = positive.any(1)
-    if not asks.any():
-        raise ValueError("Eq. 7 needs at least two trajectories of a task in a batch")
+    if not asks.any():  # nothing to find
+        nothing = torch.zeros((), device=query.device)
+        return nothing, nothing
     # Scores can be large with small differences between them: bfloat16 would round those away.
     with full_precision(query):
         score = query.float() @ w.float() @ key.float().T  # (m, m): z_i W z_j
@@ -168,13 +168,7 @@ class TaskRouter(nn.Module):
             # Negatives are the whole batch's, over all processes: the bound of Eq. 6 tightens with
             # their number. (In eval mode one process looks alone: it would wait for the others.)
             query, key, task = (all_gather_rows(rows) for rows in (query, key, task))
-        if not eq7_pairs(task, self.keys)[1].any():  # nothing to find
-            return query.new_zeros(()), query.new_zeros(())
         return eq7_info_nce(query, key, self.w, task, self.keys)
-
-    def update_key(self, beta: float) -> None:
-        """Eq. 8, after the optimiser's step."""
-        eq8_momentum_update(self.key, self.query, beta)
 
 
 # -------------------------------------------------- Theorem 1 on a distribution that can be counted

@@ -62,22 +62,21 @@ def least_share(kept: Tensor, experts: int) -> float:
 
 def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
     """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the least used
-    expert's share of both MoEs, and Eq. 7 and its accuracy on fresh prompts beside chance. Of
-    several blocks with experts the topmost is looked at.
+    expert's share of both MoEs, and Eq. 7 and its accuracy on fresh prompts beside chance.
     """
     numbers: dict[str, float] = {}
-    if not output.moe:
+    moe = output.moe
+    if moe is None:
         return numbers
-    top = output.moe[-1]  # its experts make what is predicted
-    if top.token_expert is not None:
-        counts = modality_counts(top.token_expert, output.modality, cfg.token_experts)
+    if moe.token_expert is not None:
+        counts = modality_counts(moe.token_expert, output.modality, cfg.token_experts)
         numbers["token_mi"] = mutual_information(counts)
-        numbers["token_least"] = least_share(top.token_expert, cfg.token_experts)
-    if top.task_expert is not None:
-        numbers["task_least"] = least_share(top.task_expert, cfg.task_experts)
+        numbers["token_least"] = least_share(moe.token_expert, cfg.token_experts)
+    if moe.task_expert is not None:
+        numbers["task_least"] = least_share(moe.task_expert, cfg.task_experts)
         # on prompts that no gradient came from: on those of the batch Eq. 7 can be learned by heart
-        numbers["contrastive_fresh"] = top.metrics["info_nce"].item()
-        numbers["accuracy_fresh"] = top.metrics["accuracy"].item()
+        numbers["contrastive_fresh"] = moe.metrics["info_nce"].item()
+        numbers["accuracy_fresh"] = moe.metrics["accuracy"].item()
         # one positive among the keys: all other rows, or the other half of the batch
         numbers["chance"] = 1 / (rows - 1 if cfg.keys == "all" else rows // 2)
     return numbers

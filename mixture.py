@@ -32,8 +32,8 @@ from torch import Tensor
 from config import Play
 from envs import Family
 
-# Of sigma, for actions in [-1, 1]. Below the least one, a component would be paid without end for
-# actions that are all alike; uniform ones have 0.58, those at either bound 1.
+# Of sigma, for actions in [-1, 1]. Without a least sigma the likelihood of equal actions grows
+# without bound; uniform ones have 0.58, those at either bound 1.
 STD = (0.05, 1.0)
 # A head of zeros then says sigma 0.58: so wide that every component begins by explaining some of
 # all actions. Narrow ones each take what is nearest, and may leave one with nothing.
@@ -123,9 +123,8 @@ def components_of(model: Any) -> int:
 
 
 def check_mixture(model: Any, play: Play, family: Family) -> None:
-    """Raises ValueError with one line for a mixture of ids, and for its play where there is none.
-
-    `model`: the settings of a network.
+    """Raises ValueError for --components with discrete actions, and for --component-every or
+    --spread without --components. `model`: the settings of a network.
     """
     head_size(family, components_of(model))
     if not components_of(model) and (play.component_every, play.spread) != ("step", 1.0):

@@ -15,9 +15,7 @@ an action.
 Differs from the paper (switches): `token_shift` adds the previous token's embedding to each, so
 that a reward meets the state it led to without a layer having to find it; `routing`, `task_center`
 and `keys` (moe.py, contrastive.py); `components` (mixture.py); `embed_gain`, first weights.
-Differs from the official code: grid coordinates are embedded one by one and added, so that a
-held-out goal cell is not a symbol never seen; no NormFormer norms, head scales or spectral
-reparametrisation; dropout only after the embeddings and on both residual branches.
+Where it differs from the official code: DEPARTURES.md, "Network and optimisation".
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from config import BelowOne, Few, FewOrNone, NotNegative, Positive, Share, Training, Units
-from contrastive import Keys
+from contrastive import Keys, TaskRouter, eq8_momentum_update
 from data import Prompt
 from envs import Family
 from mixture import head_size
@@ -44,7 +42,7 @@ class ModelSettings:
     """the network and its MoE (Sec. 4, App. F; Tables 4, 5)"""
 
     moe: MoEKind = "both"
-    """Which MoE layers; token, task and none are the ablations of Sec. 5.2."""
+    """Which MoE layers (Sec. 5.2); token or task alone has 2/3 of the active weights of both."""
     moe_position: Literal["top", "middle", "bottom"] = "top"
     """Block whose feed-forward layer becomes the MoE (App. G.2)."""
     routing: TaskRouting = "sequence"
@@ -100,10 +98,9 @@ class ModelSettings:
             raise ValueError(f"--width {self.width} is not a multiple of --heads {self.heads}")
         if self.moe == "both" and self.width % 2:  # y_tok and y_task are D/2 wide each (Fig. 2)
             raise ValueError(f"--width {self.width} is odd: two MoEs share it equally")
-        for name in ("token", "task"):
+        for name, own in (("token", self.token_top_k), ("task", 0)):
             experts, hidden = getattr(self, f"{name}_experts"), getattr(self, f"{name}_hidden")
-            own = name == "token" and self.token_top_k
-            flag, k = ("--token-top-k", self.token_top_k) if own else ("--top-k", self.top_k)
+            flag, k = ("--token-top-k", own) if own else ("--top-k", self.top_k)
             if k > experts:  # there are no k largest of fewer than k logits
                 raise ValueError(f"{flag} {k} is above --{name}-experts {experts}")
             if hidden % experts:  # every expert has the same share of the hidden units
@@ -112,13 +109,9 @@ class ModelSettings:
                 )
 
     def check_batch(self, training: Training, queries: int = 0) -> None:
-        """Raises ValueError where Algorithm 1's key batch B' is asked for and there is none, and
-        for a batch that this machine cannot hold.
-        """
+        """Raises ValueError where --keys other has no key batch, and for a batch beyond memory."""
         if self.keys == "other" and training.draws != 2:  # even rows B, odd ones B': contrastive.py
-            raise ValueError(
-                f"--keys other needs two draws of each task, not --draws {training.draws}"
-            )
+            raise ValueError(f"--keys other needs two draws a task, not --draws {training.draws}")
         tokens = training.batch * (3 * training.prompt_length + queries)
         if not torch.cuda.is_available():  # a GPU's memory is its own
             # A token leaves at least ten numbers of each channel and block for the backward pass.
@@ -131,23 +124,14 @@ class ModelSettings:
 
     def label(self, backbone: str) -> str:
         """The paper's name of this variant (Tables 1 and 10)."""
-        return {
-            "both": f"T2MIR-{backbone}",
-            "token": f"T2MIR-{backbone} w/o Task-MoE",
-            "task": f"T2MIR-{backbone} w/o Token-MoE",
-            "none": backbone,
-        }[self.moe]
+        without = {"both": "", "token": " w/o Task-MoE", "task": " w/o Token-MoE"}
+        return backbone if self.moe == "none" else f"T2MIR-{backbone}{without[self.moe]}"
 
     @property
     def moe_block(self) -> int:
-        """Which block the switches above speak of (App. G.2: first, L/2-th or last)."""
+        """The block with experts, counted from 0 (App. G.2: first, L/2-th or last)."""
         middle = (self.layers + 1) // 2 - 1  # the L/2-th, counted from 0; rounded up where L is odd
         return {"top": self.layers - 1, "middle": middle, "bottom": 0}[self.moe_position]
-
-    @property
-    def moe_blocks(self) -> tuple[int, ...]:
-        """The blocks with experts; their losses are summed."""
-        return () if self.moe == "none" else (self.moe_block,)
 
     @property
     def decodable(self) -> bool:
@@ -156,8 +140,8 @@ class ModelSettings:
         Not where Eq. 4's gate of the whole sequence, which changes with every new token, feeds
         later blocks: keys that these have cached would be of an older gate.
         """
-        below_the_top = any(block != self.layers - 1 for block in self.moe_blocks)
-        return not (below_the_top and self.has_task_moe and self.routing == "sequence")
+        whole = self.has_task_moe and self.routing == "sequence"
+        return not whole or self.moe_block == self.layers - 1
 
 
 @dataclass
@@ -167,7 +151,7 @@ class Output:
     action: Float[Tensor, "B R A"]  # logits, actions in [-1, 1], or what mixture.py reads
     losses: dict[str, Tensor]  # weighted: Eq. 3, and w_con times Eq. 7
     metrics: dict[str, Tensor]  # only looked at: Eq. 7 without its weight, its accuracy
-    moe: list[MoEOutput]  # one for each block with experts, from the bottom up
+    moe: MoEOutput | None  # of the block with experts
     modality: Int[Tensor, " S"]  # of each token: 0 state, 1 action, 2 reward, 3 query
 
 
@@ -205,21 +189,16 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, s, d))  # heads side by side: (B, S, D)
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, width: int, hidden: int):
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
 class Block(nn.Module):
-    """Pre-norm attention, then a feed-forward layer or, in a block with experts, the MoE layer."""
+    """Pre-norm attention, then a feed-forward layer or, in one block, the MoE layer."""
 
     def __init__(self, cfg: ModelSettings, place: int):
         super().__init__()
-        self.place = place  # 0 is the lowest block
         self.norm1, self.norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
         self.attention = Attention(cfg, place)
         self.drop = Dropout(cfg.dropout)
-        self.has_experts = place in cfg.moe_blocks
+        special = place == cfg.moe_block
+        self.has_experts = special and cfg.moe != "none"
         if self.has_experts:  # Fig. 2a: the MoEs stand in place of the feed-forward layer
             self.ff = MoELayer(
                 cfg.width,
@@ -236,9 +215,11 @@ class Block(nn.Module):
                 task_balance=cfg.task_balance,
             )
         else:
-            # Plain AD and DPT are 1.5 times wider where T2MIR has experts: as many active weights.
-            wide = cfg.moe == "none" and place == cfg.moe_block
-            self.ff = FeedForward(cfg.width, cfg.ff * 3 // 2 if wide else cfg.ff)
+            # Plain AD and DPT are 1.5 times wider where T2MIR has experts: as many active weights
+            # as the two MoEs. One MoE alone, of the same experts, has 2/3 of them.
+            hidden = cfg.ff * 3 // 2 if special else cfg.ff
+            layers = nn.Linear(cfg.width, hidden), nn.GELU(), nn.Linear(hidden, cfg.width)
+            self.ff = nn.Sequential(*layers)
 
     def forward(
         self,
@@ -259,7 +240,7 @@ class Block(nn.Module):
             x = x.index_select(1, read)  # (B, R, D)
         if self.has_experts:  # its routers need all of h, whatever is read
             # The tokens that h lacks while decoding: h_bar (Eq. 4) is a mean over those too.
-            past = None if cache is None else Past(cache.h_sum[self.place], cache.length)
+            past = None if cache is None else Past(cache.h_sum, cache.length)
             moe = self.ff(h, view, read, past, task)
             return x + self.drop(moe.y), moe
         if read is not None:
@@ -283,7 +264,7 @@ class T2MIR(nn.Module):
         # App. F: an embedding of its own for each modality
         cells = family.state_values  # a grid: how many values each coordinate takes
         if cells:
-            # One table for all coordinates, each with rows of its own, and a linear sense of place.
+            # Rows for each coordinate, not for each cell: a held-out goal is then no new symbol.
             offsets = torch.tensor([0, *cells[:-1]]).cumsum(0)  # 10 x 10: x has rows 0-9, y 10-19
             self.register_buffer("coordinate", offsets, persistent=False)  # follows the family
             self.embed_state = nn.Embedding(sum(cells), cfg.width)
@@ -297,7 +278,8 @@ class T2MIR(nn.Module):
         self.embed_action = action(family.action_dim, cfg.width)
         self.embed_reward = nn.Linear(1, cfg.width)
         for layer in (self.embed_state, self.embed_action, self.embed_reward):
-            if isinstance(layer, nn.Linear):  # numbers, not ids: small beside modality and time
+            if isinstance(layer, nn.Linear):
+                # Of numbers: torch's first weights make these small beside modality and time.
                 layer.weight.data *= cfg.embed_gain
         # Sec. 4.3: s_t, a_t and r_t share the position embedding of their time step.
         self.embed_time = nn.Embedding(family.horizon + 1, cfg.width)  # T steps, and DPT's query
@@ -356,40 +338,31 @@ class T2MIR(nn.Module):
         read: Int[Tensor, " R"],
         cache: Cache | None = None,
         task: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B R A"], list[MoEOutput]]:
-        """Tokens through all blocks to the actions at the tokens `read`. The one path of training
-        and decoding.
-        """
-        x, outputs = self.drop(x), []
+    ) -> tuple[Float[Tensor, "B R A"], MoEOutput | None]:
+        """Tokens through all blocks to the actions at `read`, in training and in decoding."""
+        x, moe = self.drop(x), None
         for block in self.blocks:
             top = block is self.blocks[-1]  # above it, nothing looks at tokens that are not read
-            x, moe = block(x, view, cache, read if top else None, task)
-            if moe is not None:
-                outputs.append(moe)
+            x, here = block(x, view, cache, read if top else None, task)
+            moe = here or moe
         action = self.head(self.norm(x))  # (B, R, A)
         # App. F: a tanh keeps continuous actions in [-1, 1]; logits stay, mixture.py has its own.
         plain = self.family.discrete_actions or self.cfg.components
-        return action if plain else action.tanh(), outputs
+        return action if plain else action.tanh(), moe
 
     def output(
         self, x: Tensor, view: View, read: Tensor, modality: Tensor, task: Tensor | None
     ) -> Output:
-        """A training pass. Over the blocks with experts, losses are summed and metrics averaged."""
+        """A training pass."""
         action, moe = self.run(x, view, read, task=task)
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
-        for layer in moe:
-            for name, value in layer.losses.items():
-                losses[name] = losses.get(name, 0.0) + value
-            for name, value in layer.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value / len(moe)  # only looked at
+        losses, metrics = (moe.losses, moe.metrics) if moe else ({}, {})
         return Output(action, losses, metrics, moe, modality)
 
     def update_key_router(self) -> None:
         """Eq. 8, after the optimiser's step (Alg. 1 l. 15, Alg. 3 l. 22), of the new weights."""
-        for layer in self.modules():
-            if isinstance(layer, MoELayer):
-                layer.update_key(self.cfg.momentum)
+        for part in self.modules():
+            if isinstance(part, TaskRouter):
+                eq8_momentum_update(part.key, part.query, self.cfg.momentum)
 
     # --------------------------------------------------------------------- incremental decoding
     def new_cache(self, rows: int, capacity: int) -> Cache:
@@ -403,7 +376,7 @@ class T2MIR(nn.Module):
         shape = (rows, cfg.heads, max(1, capacity), cfg.width // cfg.heads)
         k, v = ([like.new_empty(shape) for _ in range(cfg.layers)] for _ in range(2))
         zero = like.new_zeros(rows, cfg.width)  # the token before the first: shifts by nothing
-        return Cache(k, v, [zero.float() for _ in range(cfg.layers)], zero)  # sums: float32
+        return Cache(k, v, zero.float(), zero)  # the sum: float32
 
     def decode(
         self, tokens: Float[Tensor, "B S D"], cache: Cache, keep: bool = True
@@ -421,7 +394,6 @@ class T2MIR(nn.Module):
         if keep:  # else the next call overwrites what stands behind `length`
             cache.length += count
             cache.previous = tokens[:, -1]  # not shifted itself, as in training
-            for block, layer in zip(self.cfg.moe_blocks, moe, strict=True):
-                if layer.total is not None:  # without a task router nothing reads the sum
-                    cache.h_sum[block] = layer.total
+            if moe and moe.total is not None:  # without a task router nothing reads the sum
+                cache.h_sum = moe.total
         return action[:, 0]  # (B, A)

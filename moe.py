@@ -322,22 +322,26 @@ class MoELayer(nn.Module):
         """
         losses, metrics = {}, {}  # a further loss is one more entry, where it is computed
         halves = []  # y_tok, y_task
-        token_expert = task_expert = None
-        # h_bar comes first: all tokens count in it, also those that nothing reads from here on.
-        h_bar = H_BAR[self.routing](h, view, past) if self.has_task else h
-        if h_bar.dim() == 3 and read is not None:
-            h_bar = h_bar.index_select(1, read)
+        token_expert = task_expert = h_bar = total = None
+        # Not further down: the gradients of h would add up in another order, to other last bits.
+        if self.has_task:  # all tokens count in h_bar, also those that nothing reads from here on
+            h_bar = H_BAR[self.routing](h, view, past)
+            if h_bar.dim() == 3 and read is not None:
+                h_bar = h_bar.index_select(1, read)
+            if past is not None:
+                total = running_sum(h, past)[:, -1]  # up to the last token
         x = h if read is None else h.index_select(1, read)
         if self.has_token:
             y, losses["balance"], token_expert = self._token_wise(h, x, read)
             halves.append(y)
-        if self.has_task:
-            y, task_expert = self._task_wise(x, h_bar)
-            halves.append(y)
+        if h_bar is not None:
+            # No noise, no balance loss: that tasks get experts of their own is Eq. 7's care.
+            gate = self.task_router.gate(self.center(h_bar), self.task_k)
+            task_expert = gate.index
+            halves.append(self._task_wise(x, gate))
             if task is not None:
                 metrics["info_nce"], metrics["accuracy"] = self._contrast(h[:, view.prompt], task)
                 losses["contrastive"] = self.w_contrastive * metrics["info_nce"]
-        total = None if past is None else running_sum(h, past)[:, -1]  # up to the last token
         y = torch.cat(halves, -1)  # Fig. 2: side by side, not added
         return MoEOutput(y, losses, metrics, token_expert, task_expert, total)
 
@@ -346,7 +350,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Float[Tensor, "B R out"], Float32[Tensor, ""], Int64[Tensor, "B S k1"]]:
         """y_tok = sum_i w_tok(i; h) E_tok(i|h)   (Eq. 2), the loss of Eq. 3, the experts kept."""
         b, s, d = h.shape
-        routing, _, balance = self.token_router(h.reshape(b * s, d))  # every token, read or not
+        routing, balance = self.token_router(h.reshape(b * s, d))  # every token, read or not
         token_expert = routing.index.view(b, s, -1)
         index, weight = token_expert, routing.weight.view(b, s, -1)  # (B, S, k1)
         if read is not None:  # experts run on the tokens that are read alone: (B, R, k1)
@@ -355,23 +359,15 @@ class MoELayer(nn.Module):
         y = self.token.tokens(x.reshape(-1, d), kept).view(*x.shape[:2], -1)
         return y, balance, token_expert
 
-    def _task_wise(
-        self, x: Float[Tensor, "B R D"], h_bar: Float[Tensor, "B *tokens D"]
-    ) -> tuple[Float[Tensor, "B R out"], Int64[Tensor, "B *tokens k2"]]:
-        """y_task = sum_i w_task(i; h_bar) E_task(i|h)   (Eq. 4) and the experts kept.
+    def _task_wise(self, x: Float[Tensor, "B R D"], gate: Routing) -> Float[Tensor, "B R out"]:
+        """y_task = sum_i w_task(i; h_bar) E_task(i|h)   (Eq. 4), with a gate a row or a token.
 
         The paper writes E_task(i|h_bar); Sec. 4.2 says that the experts "process these tokens".
         """
-        # No noise and no balance loss here: that tasks get experts of their own is Eq. 7's care.
-        gate = self.task_router.gate(self.center(h_bar), self.task_k)
-        return self._run_task_experts(x, gate), gate.index
-
-    def _run_task_experts(self, x: Float[Tensor, "B R D"], gate: Routing) -> Tensor:
-        """The task experts on x, with gates (B, k) or (B, R, k): the cheaper of two equal ways."""
         index, weight = gate.index, gate.weight
         if index.dim() == 2:  # one gate a row
-            # A copy of the weights for each row costs more than a copy of the row's tokens where
-            # those are fewer than an expert's hidden units (not on a GPU: it hates small products).
+            # Two equal ways. A copy of the weights for each row costs more than one of its tokens
+            # if these are fewer than an expert's hidden units (a GPU though hates small products).
             if x.is_cuda or x.shape[1] >= self.task.weight1.shape[-1]:
                 return self.task.sequences(x, gate)
             index, weight = (part[:, None].expand(-1, x.shape[1], -1) for part in (index, weight))
@@ -391,11 +387,6 @@ class MoELayer(nn.Module):
         if self.training and isinstance(self.center, Center):  # after use: gate and z see the same
             self.center.observe(tau)
         return result
-
-    def update_key(self, beta: float) -> None:
-        """Eq. 8, after the optimiser's step; nothing to do without a task-wise MoE."""
-        if self.has_task:
-            self.task_router.update_key(beta)
 
 
 if __name__ == "__main__":

@@ -204,13 +204,11 @@ class NoisyTopKRouter(nn.Module):
         self.w_imp = w_imp  # of Eq. 13
         self.w_load = w_load  # of Eq. 18
 
-    def forward(
-        self, h: Float[Tensor, "N D"]
-    ) -> tuple[Routing, Float32[Tensor, "N K"], Float32[Tensor, ""]]:
-        """h (N, D) -> (Routing, clean logits, balance loss). In eval mode no noise, and loss 0."""
+    def forward(self, h: Float[Tensor, "N D"]) -> tuple[Routing, Float32[Tensor, ""]]:
+        """h (N, D) -> (Routing, balance loss). In eval mode no noise, and loss 0."""
         clean = self.router(h)
         if not self.training:  # Eq. 2 as Sec. 4.1 writes it, without noise
-            return eq1_top_k_gate(clean, self.k), clean, clean.new_zeros(())
+            return eq1_top_k_gate(clean, self.k), clean.new_zeros(())
         std = eq14_noise_scale(h, self.noise_weight)
         noisy = eq14_noisy_logits(clean, std, normal_like(clean))  # drawn anew at every step
         # The noise decides who is kept *and* how much each weighs (Eq. 14), not only the former.
@@ -222,7 +220,7 @@ class NoisyTopKRouter(nn.Module):
             load = torch.ones_like(importance)
         else:
             load = all_reduce_sum(eq17_load(eq16_probability(clean, noisy, std, self.k)))
-        return routing, clean, eq3_balance_loss(importance, load, self.w_imp, self.w_load)
+        return routing, eq3_balance_loss(importance, load, self.w_imp, self.w_load)
 
 
 if __name__ == "__main__":

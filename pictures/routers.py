@@ -9,7 +9,7 @@ of which the first episode (no context yet) is not one. It is then read once, as
 
 Where the paper is silent (Fig. 1, 12, 13 do not say what is embedded): here it is the router's
 logits, G_tok(.|h) of tokens and z = G_task(.|h_bar) of trajectories, h_bar over the whole of tau as
-in Eq. 7; of several blocks with experts, those of the topmost.
+in Eq. 7.
 
 Symbols (paper -> here): tau -> a row of `Prompt`; z -> `z`; w_task(i; h_bar) -> `gate`.
 Shapes: N tasks, P plays of each, M = N*P trajectories, S tokens, D width, K_1, K_2 experts.
@@ -95,7 +95,7 @@ class TasksSeen:
 
 @dataclass
 class Seen:
-    """What the topmost MoE layer makes of them; None where it has no such experts."""
+    """What the MoE layer makes of them; None where it has no such experts."""
 
     tokens: TokensSeen | None
     tasks: TasksSeen | None

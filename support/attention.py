@@ -73,7 +73,7 @@ class Cache:
     # In causal attention a token's keys and values never change again: computed once, kept here.
     k: list[Tensor]  # for each block (B, H, capacity, d)
     v: list[Tensor]
-    h_sum: list[Tensor]  # for each block (B, D) float32: the sum of h, for h_bar where it is MoE
+    h_sum: Tensor  # (B, D) float32: the sum of h in the block with experts, for its h_bar
     previous: Tensor  # (B, D) embedding of the last token, for the token shift
     length: int = 0  # tokens in it
 

@@ -13,7 +13,6 @@ from toys import GRID, LAYOUTS, build, coded_dataset, draw, method
 
 from diagnostics import divergence, least_share, modality_counts, mutual_information, probe, routing
 from envs import get_family
-from models import ModelSettings
 
 ROUTING = {"token_mi", "token_least", "task_least", "contrastive_fresh", "accuracy_fresh", "chance"}
 
@@ -45,17 +44,21 @@ def test_modality_counts_take_the_best_expert_and_leave_queries_out():
     assert counts.tolist() == [[3, 0, 0, 1], [0, 2, 0, 0], [0, 1, 1, 0]]
 
 
-def test_routing_looks_at_the_topmost_block_with_experts(monkeypatch):
-    monkeypatch.setattr(ModelSettings, "moe_blocks", property(lambda self: (0, 2)))
-    model = build(routing="prefix")
-    output = model(draw(model, rows=8))
-    numbers = routing(output, model.cfg, 8)
-    bottom, top = output.moe
-    assert numbers["contrastive_fresh"] == top.metrics["info_nce"].item()
-    assert numbers["contrastive_fresh"] != bottom.metrics["info_nce"].item()
-    assert numbers["task_least"] == least_share(top.task_expert, 5)
-    above, below = (modality_counts(m.token_expert, output.modality, 4) for m in (top, bottom))
-    assert numbers["token_mi"] == mutual_information(above) and not torch.equal(above, below)
+@pytest.mark.parametrize("moe", ["both", "token", "task", "none"])
+def test_routing_are_numbers_of_the_experts_that_there_are(moe):
+    model = build(moe=moe)
+    output, want = model(draw(model, rows=8)), {}
+    layer = output.moe
+    if moe in ("both", "token"):
+        counts = modality_counts(layer.token_expert, output.modality, 4)
+        want["token_mi"] = mutual_information(counts)
+        want["token_least"] = least_share(layer.token_expert, 4)
+    if moe in ("both", "task"):
+        want["task_least"] = least_share(layer.task_expert, 5)
+        want["contrastive_fresh"] = layer.metrics["info_nce"].item()
+        want["accuracy_fresh"] = layer.metrics["accuracy"].item()
+        want["chance"] = 1 / 7
+    assert routing(output, model.cfg, 8) == want
 
 
 @pytest.mark.parametrize(("keys", "chance"), [("all", 1 / 7), ("other", 1 / 4)])

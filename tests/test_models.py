@@ -5,16 +5,18 @@ cache changes (nothing). Who sees whom: test_ad.py, test_dpt.py. Training: test_
 Run: python -m pytest -q tests/test_models.py
 """
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
+import toys
 from torch.testing import assert_close
 from toys import GATES, GRID, LAYOUTS, PLACES, PLANE, N, T, build, cut, draw, method
 
 from models import ModelSettings
-from moe import View
+from moe import Experts, View
 from support import attention as fast
 from support.attention import Dropout, attention, in_stretches
 from support.settings import check_types
@@ -167,20 +169,30 @@ def test_plain_model_has_as_many_active_weights():
     # k = 2 experts of 128 hidden units in each half: 2 * 2 * 128 * (64 + 32) = 49152 = 2 * 64 * 384
     size = {"width": 64, "ff": 256, "token_experts": 6, "task_experts": 12}
     size |= {"token_hidden": 768, "task_hidden": 1536}
-    plain, moe = (method(moe=m, **size).model.blocks[-1].ff for m in ("none", "both"))
-    active = sum(2 * (e.weight1[0].numel() + e.weight2[0].numel()) for e in (moe.token, moe.task))
-    assert active == 49152 == sum(p.numel() for p in plain.parameters() if p.dim() == 2)
+    plain = method(moe="none", **size).model.blocks[-1].ff
+    assert sum(p.numel() for p in plain.parameters() if p.dim() == 2) == 49152
+    # one MoE alone gives all 64 numbers itself: 2 * 128 * (64 + 64)
+    for moe, want in (("both", 49152), ("token", 32768), ("task", 32768)):
+        parts = method(moe=moe, **size).model.blocks[-1].ff.children()
+        experts = [part for part in parts if isinstance(part, Experts)]
+        assert want == sum(2 * (e.weight1[0].numel() + e.weight2[0].numel()) for e in experts)
 
 
 @FAMILIES
 @pytest.mark.parametrize("layout, first", [("ad", 0), ("first", 1)])
 def test_eq9_eq11_prompt_embedding_matches_loop(layout, first, family):
     # times 0..T-1, or 1..T and 0 for the query
-    model = build(layout, family)
+    model = build(layout, replace(family, reward_scale=4.0))
     prompt, time = draw(model, steps=N + 1).prompt, model.embed_time.weight
-    bias = model.modality_bias
-    if family is PLANE:
-        near(model.state_token(prompt.states), model.embed_state(prompt.states) + bias[0])
+    bias, table = model.modality_bias, model.embed_state.weight
+
+    def state_token(s):
+        if family is PLANE:
+            return s @ table.T + model.embed_state.bias + bias[0]
+        x, y = s.T  # of 4 x 5 cells: rows 0-3 of the table are of x, 4-8 of y
+        place = torch.stack([2 * x / 3 - 1, 2 * y / 4 - 1], -1) @ model.embed_place.weight.T
+        return table[x] + table[4 + y] + place + bias[0]
+
     if layout == "first":
         near(model.embed_query(prompt.states), model.state_token(prompt.states) + time[0])
     for start, steps in ((0, N + 1), (2, 2)):
@@ -188,8 +200,8 @@ def test_eq9_eq11_prompt_embedding_matches_loop(layout, first, family):
         for t in range(steps):
             s, a, r = prompt.states[:, t], prompt.actions[:, t], prompt.rewards[:, t, None]
             action = model.embed_action(a) if family is PLANE else model.embed_action.weight[a]
-            reward = r * model.embed_reward.weight[:, 0] + model.embed_reward.bias
-            tokens = [model.state_token(s), action + bias[1], reward + bias[2]]
+            reward = r / 4 * model.embed_reward.weight[:, 0] + model.embed_reward.bias
+            tokens = [state_token(s), action + bias[1], reward + bias[2]]
             place = time[first + (start + t) % T]  # restarts with every episode
             want += [token + place for token in tokens]
         near(model.embed_prompt(cut(prompt, steps), start), torch.stack(want, 1))
@@ -312,42 +324,31 @@ def test_eq7_does_not_contain_the_query_in_front(routing):
     assert before.metrics["info_nce"] > 0.1
 
 
-@pytest.fixture
-def two_blocks(monkeypatch):
-    """Experts in the first and the third block."""
-    monkeypatch.setattr(ModelSettings, "moe_blocks", property(lambda self: (0, 2)))
-
-
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_moe_losses_are_summed_over_blocks(two_blocks, layout):
-    tiny, layers = method(layout, routing="prefix", w_contrastive=0.5), []
+def test_the_layers_losses_are_terms_of_the_methods(layout, place):
+    tiny, seen = method(layout, routing="prefix", moe_position=place, w_contrastive=0.5), []
     model = tiny.model.train()
-    assert [block.has_experts for block in model.blocks] == [True, False, True, False]
-    for place in (0, 2):
-        model.blocks[place].ff.register_forward_hook(lambda _, inputs, out: layers.append(out))
+    layer = model.blocks[model.cfg.moe_block].ff
+    layer.register_forward_hook(lambda _, inputs, out: seen.append(out))
     terms, metrics = tiny.losses(draw(model, rows=4))
-    first, second = layers
-    for name in ("balance", "contrastive"):
-        assert first.losses[name] > 0 and second.losses[name] > 0
-        assert first.losses[name] != second.losses[name]
-        assert_close(terms[name], first.losses[name] + second.losses[name])
-    for name in ("info_nce", "accuracy"):  # only looked at: their mean
-        assert_close(metrics[name], (first.metrics[name] + second.metrics[name]) / 2)
+    assert list(terms) == ["imitation", "balance", "contrastive"]
+    assert terms["balance"] > 0 and terms["contrastive"] > 0
+    assert terms | seen[0].losses == terms and metrics == seen[0].metrics
     sum(terms.values()).backward()
-    for place in (0, 2):
-        layer = model.blocks[place].ff
-        assert layer.task_router.w.grad.abs().max() > 0
-        assert layer.token_router.router.first.weight.grad.abs().max() > 0
+    assert layer.task_router.w.grad.abs().max() > 0
+    assert layer.token_router.router.first.weight.grad.abs().max() > 0
 
 
-def test_eq8_updates_all_blocks_with_experts(two_blocks):
-    tiny = method(momentum=0.75)
-    routers = [tiny.model.blocks[place].ff.task_router for place in (0, 2)]
-    for router in routers:
-        router.query.second.weight.data += 1
+@pytest.mark.parametrize("place", PLACES)
+def test_eq8_the_key_router_follows_after_a_step(place):
+    tiny = method(momentum=0.75, moe_position=place)
+    router = tiny.model.blocks[tiny.model.cfg.moe_block].ff.task_router
+    router.query.second.weight.data += 1
     tiny.after_step()
-    for router in routers:
-        near(router.key.second.weight, router.query.second.weight - 0.75)
+    near(router.key.second.weight, router.query.second.weight - 0.75)
+    for moe in ("token", "none"):  # nothing to move
+        method(moe=moe).after_step()
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -367,8 +368,8 @@ def test_what_can_be_decoded():
 @pytest.mark.parametrize("routing", ["prefix", "token"])
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 @torch.no_grad()
-def test_a_block_with_a_cache_gives_what_it_gives_without(two_blocks, place, routing):
-    model = build(routing=routing)
+def test_a_block_with_a_cache_gives_what_it_gives_without(place, routing):
+    model = build(routing=routing, moe_position="middle")
     block, x = model.blocks[place], torch.randn(2, 11, 16)
     want, moe = block(x, View(slice(0, 11)))
     cache, start = model.new_cache(2, 1), 0
@@ -379,19 +380,19 @@ def test_a_block_with_a_cache_gives_what_it_gives_without(two_blocks, place, rou
         last, _ = block(part, View(slice(0, count)), cache, torch.tensor([count - 1]))
         near(last, got[:, -1:])
         cache.length = start = start + count
-        assert (new is None) == (moe is None) == (place not in (0, 2))
+        assert (new is None) == (moe is None) == (place != 1)
         if new is not None:
-            cache.h_sum[place] = new.total
+            cache.h_sum = new.total
 
 
-@pytest.mark.parametrize("routing", ["prefix", "token"])
+@pytest.mark.parametrize("gate, place", toys.DECODABLE)
 @torch.no_grad()
-def test_two_blocks_with_experts_are_decoded(two_blocks, routing):
-    model = build(routing=routing)
-    batch = draw(model)
-    want, tokens = model(batch).action, model.embed_prompt(batch.prompt)
-    cache = model.new_cache(2, 1)
+def test_decoding_one_token_at_a_time_gives_what_a_whole_pass_gives(gate, place):
+    """With every rule in moe.py: the cache, and a pass over the tokens up to each state."""
+    model = build(**toys.gated(gate, place))
+    prompt = draw(model).prompt
+    tokens, cache = model.embed_prompt(prompt), model.new_cache(2, 1)
     for i in range(3 * N):
         action = model.decode(tokens[:, i : i + 1], cache)
         if i % 3 == 0:
-            near(action, want[:, i // 3])
+            near(action, model.last_action(cut(prompt, i // 3 + 1)))

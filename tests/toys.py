@@ -18,6 +18,7 @@ from evaluate import play
 from families.darkroom import BatchedDarkRoom
 from methods import Method, get_method
 from models import T2MIR
+from moe import H_BAR
 from support.files import save_json
 from support.settings import flat, groups_of, with_values
 
@@ -27,7 +28,7 @@ BACKBONES = {"ad": "ad", "first": "dpt", "last": "dpt"}
 
 # What decides who sees whom: (moe, routing), and the place of the experts.
 PLACES = ("top", "middle", "bottom")
-GATES = [*product(("none", "token", "task", "both"), ("sequence", "prefix", "token"))]
+GATES = [*product(("none", "token", "task", "both"), H_BAR)]  # every rule that moe.py has
 EQ4 = [(moe, "sequence") for moe in ("task", "both")]  # a gate of the whole row: it looks ahead
 CAUSAL = [gate for gate in GATES if gate not in EQ4]  # the past alone makes a prediction
 DECODABLE = [*product(CAUSAL, PLACES), *product(EQ4, ("top",))]
