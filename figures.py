@@ -64,6 +64,7 @@ def curves(name: str, panels: dict[str, list[Run]], out: Path) -> list[Drawn]:
                 table.append({"panel": title, "line": label, **named, "seeds": seeds})
                 table[-1]["tasks"] = tasks
         axis.set(title=f"{family}, {title}", xlabel="episode", ylabel="return on held-out tasks")
+        axis.xaxis.get_major_locator().set_params(integer=True)  # no half episodes
         axis.legend(fontsize=7)
     stem = out / f"{name}-{family}"
     save(figure, stem, table)
