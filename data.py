@@ -199,7 +199,7 @@ def load_part(folder: Path, task: int, meta: dict, family: Family) -> dict[str, 
         if path.is_file() and file_hash(path) != meta["sha256"][task]:
             raise Damaged(f"{path} is damaged (its checksum differs from meta.json)")
         part = load_arrays(path, arrays_of(meta, family))
-        if wrong := wrong_with(part, meta, family):
+        if wrong := ids_outside(part, family):  # all else `load_arrays` has seen to
             raise Damaged(f"{path}: {wrong}")
     except Damaged as error:
         raise Damaged(f"{error}; collect.py with the same settings redoes it alone") from None
@@ -207,18 +207,26 @@ def load_part(folder: Path, task: int, meta: dict, family: Family) -> dict[str, 
 
 
 def wrong_with(part: dict[str, np.ndarray], meta: dict, family: Family) -> str | None:
-    """The first thing wrong with the arrays of one task: names, shapes, types, values. None: all
-    of it is as `load_part` wants it.
+    """The first thing wrong with new arrays of one task: names, shapes, types, values. None: all
+    of it is as `load_part` will want it.
     """
-    for name, (shape, kinds) in arrays_of(meta, family).items():
+    wanted = arrays_of(meta, family)
+    for name, (shape, kinds) in wanted.items():
         if name not in part:
             return f"{name} is missing"
-        array, limits = part[name], id_limits(name, family)
+        array = part[name]
         if array.shape != shape or array.dtype.kind not in kinds:
             what = "numbers" if "f" in kinds else "whole numbers"
             return f"{name} must be {what} of shape {shape}, not {array.dtype} {array.shape}"
         if not np.isfinite(array).all():
             return f"{name} holds values that are not finite"
+    return ids_outside({name: part[name] for name in wanted}, family)
+
+
+def ids_outside(part: dict[str, np.ndarray], family: Family) -> str | None:
+    """Which array holds ids that no table of the family has; None: none does."""
+    for name, array in part.items():
+        limits = id_limits(name, family)
         # an id beyond a table would crash far from here; a negative one would be read from its end
         if limits is not None and ((array < 0) | (array >= limits)).any():
             return f"{name} holds ids outside the environment's range"

@@ -213,7 +213,7 @@ def play_all(
 ) -> Returns:
     """The run's policy, and what its returns are to be compared with."""
     tasks = split.tasks(cfg.split)
-    env, family, settings = method.cfg.data.env, method.family, cfg.play
+    env, settings = method.cfg.data.env, cfg.play
     episodes, seed = settings.episodes, settings.play_seed
     # repeats are further rows: the same tasks, other starts and other draws
     succeeded: list = []
@@ -222,13 +222,19 @@ def play_all(
     success = np.stack(succeeded, 1) if succeeded else None
 
     lines = reference_lines(method, split, cfg.split)
-    ceiling = None
-    if family.ceiling is not None:
-        # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays
-        # of each task.
-        exact = family.ceiling(policy.memory, seed)
-        ceiling = play(env, tasks * 20, exact, episodes, seed=0).mean(0)  # (E,)
-    return Returns(played, success, ceiling, lines)
+    return Returns(played, success, ceiling(method, policy, tasks, episodes, seed), lines)
+
+
+def ceiling(
+    method: Method, policy: Policy, tasks: list, episodes: int, seed: int
+) -> np.ndarray | None:
+    """Returns (E,) of the exact policy with the memory of `policy`; None where nobody knows it."""
+    if method.family.ceiling is None:
+        return None
+    # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays of
+    # each task.
+    exact = method.family.ceiling(policy.memory, seed)
+    return play(method.cfg.data.env, tasks * 20, exact, episodes, seed=0).mean(0)
 
 
 # ---------------------------------------------------------------------------------------- reporting

@@ -17,7 +17,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from evaluate import LAST, READS, play, reference_lines
+import evaluate
+from evaluate import LAST, READS, reference_lines
 from pictures.curves import curve_figure, pyplot
 from pictures.frames import draw_frames
 from pictures.rooms import draw_rooms
@@ -138,14 +139,10 @@ STRIP = "Rendered by the simulator, on the first held-out task."
 
 def ceiling(run: Run, episodes: int) -> tuple[np.ndarray | None, str]:
     """Returns (E,) of the exact policy with the run's memory, as evaluate.py draws them; a name."""
-    method, family = run.method, run.method.family
-    if family.ceiling is None:
-        return None, ""
-    memory = method.policy(method.cfg.play).memory
-    exact = family.ceiling(memory, method.cfg.play.play_seed)
-    # it samples, so its returns vary: 20 plays of each task
-    returns = play(method.cfg.data.env, run.split.test * 20, exact, episodes)
-    return returns.mean(0), f"exact posterior of {READS[memory]}"
+    own = run.method.cfg.play
+    policy = run.method.policy(own)
+    returns = evaluate.ceiling(run.method, policy, run.split.test, episodes, own.play_seed)
+    return returns, "" if returns is None else f"exact posterior of {READS[policy.memory]}"
 
 
 def in_memory(figure: Any, dpi: int = 110) -> str:
