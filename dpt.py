@@ -304,8 +304,7 @@ class DPT(Method):
                 "--query-position last with --routing sequence needs --moe-position top: below it, "
                 "early queries would see the whole prompt through the gate"
             )
-        below_the_top = model.has_task_moe and model.moe_block != model.layers - 1
-        if settings.independent and below_the_top and model.routing != "token":
+        if settings.independent and model.below_the_top and model.routing != "token":
             raise ValueError(
                 f"--independent with --routing {model.routing} needs --moe-position top: below it, "
                 "episodes would see one another through h_bar"

@@ -134,14 +134,18 @@ class ModelSettings:
         return {"top": self.layers - 1, "middle": middle, "bottom": 0}[self.moe_position]
 
     @property
+    def below_the_top(self) -> bool:
+        """Whether later blocks read what the gate of Eq. 4 has chosen."""
+        return self.has_task_moe and self.moe_block != self.layers - 1
+
+    @property
     def decodable(self) -> bool:
         """Whether tokens can be decoded one at a time with the result of the full forward pass.
 
         Not where Eq. 4's gate of the whole sequence, which changes with every new token, feeds
         later blocks: keys that these have cached would be of an older gate.
         """
-        whole = self.has_task_moe and self.routing == "sequence"
-        return not whole or self.moe_block == self.layers - 1
+        return not (self.below_the_top and self.routing == "sequence")
 
 
 @dataclass
