@@ -9,7 +9,8 @@ T2MIR as most columns of Tables 4 and 5 have it. The paper's numbers stand below
 ± of "the best performance", the highest point of a curve over episodes, of five seeds; None where
 it has none.
 
-Differs from the paper: `routing` and `departures` are not in it. Table 7 keeps two task experts of
+Differs from the paper: `routing` and `departures` are not in it, nor are single MoEs with as many
+active weights as both, in `ablation`. Table 7 keeps two task experts of
 4, 6 or 8; each has here as many hidden units as in the preset, so that two are the same work.
 """
 
@@ -135,6 +136,10 @@ EXPERIMENTS = {
             "w/o Task-MoE": {"moe": "token"},
             "w/o Token-MoE": {"moe": "task"},
             "plain": {"moe": "none"},
+            # One MoE alone has 2/3 of the active weights of both, or of plain. These have as many;
+            # units: times the preset's.
+            "Token-MoE x 3/2": {"moe": "token", "token_hidden": 3 / 2},
+            "Task-MoE x 3/2": {"moe": "task", "task_hidden": 3 / 2},
         },
         paper=TABLE_10,
     ),
@@ -198,4 +203,9 @@ def variants_of(name: str, base: Config) -> dict[str, Settings]:
             if "task_experts" in settings:  # each keeps its size: see the head of this file
                 units = known["task_hidden"] // known["task_experts"]
                 found[variant]["task_hidden"] = units * settings["task_experts"]
+            for half in ("token", "task"):
+                if times := settings.get(f"{half}_hidden"):  # of a multiple of its experts, another
+                    experts = known[f"{half}_experts"]
+                    units = round(times * known[f"{half}_hidden"] / experts)
+                    found[variant][f"{half}_hidden"] = units * experts
     return found or {"": {}}

@@ -187,9 +187,9 @@ def test_each_size_has_a_trial_and_a_cluster_counts_core_time(monkeypatch, capsy
         assert tried == [(64, 36), (128, 36), (64, 32)]
         out = capsys.readouterr().out
         assert f"projected: {total}" in out and "cpu and 2 like it: 0.100 s a step" in out
-    for name in ("table1", "ablation", "quality"):
+    for name, different in (("table1", 1), ("ablation", 3), ("quality", 1)):
         runs, _ = plan(Reproduction(name, ("push",), ("ad",), seeds=(0,), preset="cpu"))
-        assert len({sizes(run.cfg) for run in runs}) == 1 < len(runs)
+        assert len({sizes(run.cfg) for run in runs}) == different < len(runs)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_papers_tables_agree_where_they_say_the_same():
         for env, backbone in itertools.product(experiment.envs, ("ad", "dpt")):
             for group, variant in itertools.product(experiment.groups, experiment.variants):
                 known = (group, env, backbone, variant) in experiment.paper
-                assert known == (name not in ("routing", "departures"))
+                assert known == (name not in ("routing", "departures") and " x " not in variant)
     for env in EXPERIMENTS["table1"].envs:  # evaluate.py prints these
         for backbone in ("ad", "dpt"):
             known = get_family(env).paper_return
@@ -311,6 +311,28 @@ def test_task_experts_keep_their_size_and_token_experts_their_sum():
         model = with_values(base, settings).model
         kept = (model.token_top_k or model.top_k) * model.token_hidden / model.token_experts
         assert (kept, model.top_k) == (512, 2)
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+@pytest.mark.parametrize("backbone", ["ad", "dpt"])
+def test_a_wider_single_moe_has_the_active_weights_of_both(preset, backbone):
+    """Of those that a token meets in the layer: Table 10 without its difference in size."""
+    base = preset_config(preset, "cheetah-vel", backbone)
+
+    def active(settings: dict) -> float:
+        cfg = with_values(base, settings).model
+        out = cfg.width / 2 if cfg.moe == "both" else cfg.width
+        kept = {
+            "token": (cfg.token_top_k or cfg.top_k) * cfg.token_hidden / cfg.token_experts,
+            "task": cfg.top_k * cfg.task_hidden / cfg.task_experts,
+        }
+        return sum(n * (cfg.width + out) for half, n in kept.items() if cfg.moe in (half, "both"))
+
+    variants = {name: active(found) for name, found in variants_of("ablation", base).items()}
+    both = variants["T2MIR"]
+    assert variants["w/o Task-MoE"] == variants["w/o Token-MoE"] == both * 2 / 3
+    assert variants["Token-MoE x 3/2"] == variants["Task-MoE x 3/2"] == both
+    assert both == base.model.ff * 3 / 2 * 2 * base.model.width  # plain
 
 
 def test_every_job_has_a_place_on_a_gpu(tmp_path, monkeypatch):
