@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: tiny datasets.
+"""Fixtures shared by the tests: tiny datasets, and a short run on one.
 
 Two of DarkRoom (8 training and 4 held-out goals) and one of Point-Robot (5 and 2), whose teachers
 have 16 hidden units and 400 steps.
@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from commands import at_home, changed
+from tiny import trainer
 
 from collect import collect
 from config import Collection, Data, Teachers, Work
@@ -41,6 +42,20 @@ def tiny_config(tmp_path_factory):
 def paper_folder(tiny_config):
     """Tests only read it; those that damage a dataset copy it first."""
     return collect(tiny_config, quiet=True)
+
+
+@pytest.fixture
+def fit(tiny_config, paper_folder):
+    """fit(folder, backbone, **settings): a run of train.py on the tiny dataset."""
+    with trainer(tiny_config) as call:
+        yield call
+
+
+@pytest.fixture(scope="session")
+def few(tiny_config, paper_folder, tmp_path_factory):
+    """A finished run of three steps; tests that change it copy it first."""
+    with trainer(tiny_config) as call:
+        return call(tmp_path_factory.mktemp("few") / "run")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import torch
 from commands import contents, rewrite
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny import command, trainer
+from tiny import command
 from tiny import settings as tiny_settings
 
 import train
@@ -135,12 +135,6 @@ def test_everything_on_the_other_command_lines(few, here, data):
 
 
 # --------------------------------------------------------------------------------------- JSON files
-@pytest.fixture(scope="module")
-def few(tiny_config, paper_folder, tmp_path_factory):
-    with trainer(tiny_config) as fit:
-        return fit(tmp_path_factory.mktemp("few") / "run", steps=1)
-
-
 def changed(content, data) -> None:
     """Another value, or none at all, in one place of a JSON file, however deep."""
     holder = content
@@ -204,4 +198,4 @@ def test_the_control_is_accepted(tiny_config, paper_folder, few):
     """What the tests above change is a run that works."""
     cfg = parse_config(command(tiny_config, "run", steps=5))
     one_step(replace(cfg), paper_folder)
-    assert checkpoint.load_method(few, torch.device("cpu"))[1].step == 1
+    assert checkpoint.load_method(few, torch.device("cpu"))[1].step == 3

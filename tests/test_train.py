@@ -13,7 +13,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from commands import ROOT, contents, start
-from tiny import command, differing, rows, settings, tensors, trainer
+from tiny import command, differing, rows, settings, tensors
 
 import train
 from config import Training
@@ -33,12 +33,6 @@ COLUMNS = [
 ]
 KL, RETURNS = ["kl_reward", "kl_no_reward"], ["return_test", "return_train"]
 # fmt: on
-
-
-@pytest.fixture
-def fit(tiny_config, paper_folder):
-    with trainer(tiny_config) as call:
-        yield call
 
 
 # ---------------------------------------------------------------------------------- learning rate
