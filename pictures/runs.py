@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        """Its folder's; with as many folders above it as tell it from the other runs' names."""
+        place = self.folder.resolve()
+        others = {Path(run).resolve() for run in self.settings.runs} - {place}
+        n = next(n for n in count(1) if all(p.parts[-n:] != place.parts[-n:] for p in others))
+        return "-".join(place.parts[-n:])
 
     @cached_property
     def tasks(self) -> list:

@@ -4,6 +4,7 @@ Run: pytest tests/test_figures.py
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +236,17 @@ def test_similar_tasks_have_similar_colours(numbers):
     steps, whole = np.linalg.norm(np.diff(colours, axis=0), axis=1), colours[0] - colours[-1]
     assert steps.max() < 0.5 * np.linalg.norm(whole)
     assert np.isfinite(colour_of_tasks(np.ones((3, numbers)))).all()
+
+
+def test_runs_of_one_name_have_pictures_of_their_own(tmp_path):
+    for place in ("a/x/run", "b/x/run", "b/x/other"):
+        (tmp_path / place).mkdir(parents=True)
+    paths = [str(tmp_path / place) for place in ("a/x/run", "b/x/run", "b/x/other")]
+    runs = [made_up(Path(path)) for path in paths]
+    assert [run.name for run in runs] == ["run", "run", "other"]  # each by itself
+    for run in runs:
+        run.settings = Figures(tuple(paths))
+    assert [run.name for run in runs] == ["a-x-run", "b-x-run", "other"]
 
 
 # -------------------------------------------------------------------------------------- wrong input
