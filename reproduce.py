@@ -49,7 +49,7 @@ from config import Config, CountOrZero, NotNegative, Rows, Seed, Text, Threads
 from data import read_meta
 from envs import get_family
 from experiments.compare import Cell, as_markdown, make_rows, write_table
-from experiments.paper import Experiment, get_experiment, variants_of
+from experiments.paper import Experiment, Times, get_experiment, variants_of
 from experiments.projection import project
 from experiments.runs import NOT_STARTED, Job, check_folder, finished, recorded, steps_done, work
 from methods import names
@@ -189,7 +189,7 @@ def given_settings(command: Reproduction) -> dict[str, Any]:
     experiment, given = get_experiment(command.experiment), {}
     varied = {"env", "backbone", "preset", "seed", "run", "resume", "cluster"}
     for settings in (*experiment.groups.values(), *experiment.variants.values()):
-        varied |= settings.keys()
+        varied |= {name for name, value in settings.items() if not isinstance(value, Times)}
     for text in command.set:
         key, equals, value = text.partition("=")
         name = key.replace("-", "_")

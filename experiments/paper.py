@@ -30,6 +30,10 @@ Where = tuple[str, str, str, str]  # group, family, backbone, variant
 T2MIR = "T2MIR"
 
 
+class Times(float):
+    """A variant's setting as a multiple of the preset's (or --set's)."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What varies, and where the paper has it."""
@@ -136,10 +140,9 @@ EXPERIMENTS = {
             "w/o Task-MoE": {"moe": "token"},
             "w/o Token-MoE": {"moe": "task"},
             "plain": {"moe": "none"},
-            # One MoE alone has 2/3 of the active weights of both, or of plain. These have as many;
-            # units: times the preset's.
-            "Token-MoE x 3/2": {"moe": "token", "token_hidden": 3 / 2},
-            "Task-MoE x 3/2": {"moe": "task", "task_hidden": 3 / 2},
+            # one MoE alone has 2/3 of the active weights of both, or of plain; these have as many
+            "Token-MoE x 3/2": {"moe": "token", "token_hidden": Times(3 / 2)},
+            "Task-MoE x 3/2": {"moe": "task", "task_hidden": Times(3 / 2)},
         },
         paper=TABLE_10,
     ),
@@ -204,7 +207,7 @@ def variants_of(name: str, base: Config) -> dict[str, Settings]:
                 units = known["task_hidden"] // known["task_experts"]
                 found[variant]["task_hidden"] = units * settings["task_experts"]
             for half in ("token", "task"):
-                if times := settings.get(f"{half}_hidden"):  # of a multiple of its experts, another
+                if times := settings.get(f"{half}_hidden"):  # whole units an expert
                     experts = known[f"{half}_experts"]
                     units = round(times * known[f"{half}_hidden"] / experts)
                     found[variant][f"{half}_hidden"] = units * experts

@@ -333,6 +333,11 @@ def test_a_wider_single_moe_has_the_active_weights_of_both(preset, backbone):
     assert variants["w/o Task-MoE"] == variants["w/o Token-MoE"] == both * 2 / 3
     assert variants["Token-MoE x 3/2"] == variants["Task-MoE x 3/2"] == both
     assert both == base.model.ff * 3 / 2 * 2 * base.model.width  # plain
+    command = Reproduction("ablation", ("cheetah-vel",), (backbone,), preset=preset)
+    given = given_settings(replace(command, set=("token_hidden=600", "task_hidden=1600")))
+    found = variants_of("ablation", with_values(base, given))
+    assert found["Token-MoE x 3/2"] == {"moe": "token", "token_hidden": 900}
+    assert found["Task-MoE x 3/2"] == {"moe": "task", "task_hidden": 2400}
 
 
 def test_every_job_has_a_place_on_a_gpu(tmp_path, monkeypatch):
