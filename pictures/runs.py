@@ -30,6 +30,7 @@ from support.settings import counting
 
 # in which runs of one line may differ: seeds, and for how long each was played
 OF_ONE_LINE = ("seed", "play_seed", "episodes")
+HALVES = ("token", "task")  # the two MoEs
 
 
 class LeftOut(ValueError):
@@ -175,6 +176,9 @@ def lines_of(runs: list[Run]) -> list[tuple[str, list[Run]]]:
             # methods of different names are those that `moe` chooses: said already
             known = {"moe"} if other.method.label != name else set()
             differ |= {k for k in own if own[k] != line.get(k)} - known
+        # the size of a half that it does not have says nothing of it
+        halves = [half for half in HALVES if own.get("moe", "both") not in (half, "both")]
+        differ -= {f"{half}_{size}" for half in halves for size in ("experts", "hidden", "top_k")}
         said = ", ".join(f"{k} {own[k]}" for k in own if k in differ)
         named.append((f"{name} ({said})" if said else name, group))
     return named

@@ -79,6 +79,16 @@ def test_a_legend_says_what_else_differs_between_methods(tmp_path):
     assert [label for label, _ in lines_of(runs)] == ["T2MIR-AD", "T2MIR-DPT"]
 
 
+def test_a_legend_leaves_out_the_size_of_what_a_line_does_not_have(tmp_path):
+    wider = ({}, {"moe": "token", "token_hidden": 48}, {"moe": "none"})
+    runs = [made_up(tmp_path, **changes) for changes in wider]
+    assert [label for label, _ in lines_of(runs)] == [
+        "T2MIR-AD (token_hidden 32)",
+        "T2MIR-AD w/o Task-MoE (token_hidden 48)",
+        "AD",
+    ]
+
+
 def test_returns_are_those_of_the_runs_own_play(tmp_path):
     run = made_up(tmp_path / "r", np.ones((2, 3)))
     (own,) = (tmp_path / "r").glob("test-*.csv")
