@@ -192,7 +192,9 @@ class Journal:
             row |= self._short_evaluation()
         self.log.row(row)
         text = f"loss {row['loss']:.3f}, {speed / 1000:.1f}k tokens/s"
-        self.bar.set_postfix_str(f"{text}, return {self.last_return:.1f}", refresh=False)
+        if not math.isnan(self.last_return):  # NaN until the first short evaluation
+            text += f", return {self.last_return:.1f}"
+        self.bar.set_postfix_str(text, refresh=False)
         self.row_time, self.row_steps = time.perf_counter(), 0  # speed leaves evaluations out
 
     def _short_evaluation(self) -> dict[str, float]:
