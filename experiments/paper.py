@@ -10,8 +10,8 @@ T2MIR as most columns of Tables 4 and 5 have it. The paper's numbers stand below
 it has none.
 
 Differs from the paper: `routing` and `departures` are not in it, nor are single MoEs with as many
-active weights as both, in `ablation`. Table 7 keeps two task experts of
-4, 6 or 8; each has here as many hidden units as in the preset, so that two are the same work.
+active weights as both, in `ablation`. Table 7 keeps two task experts of 4, 6 or 8; each has here as
+many hidden units as in the preset, so that two are the same work.
 """
 
 from __future__ import annotations

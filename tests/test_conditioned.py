@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import at_home
-from test_sac_on_disk import GOALS, SMALL, Stop, Watched, contents, stopping
+from teacher_files import Stop, contents, stopping
+from test_sac_on_disk import GOALS, SMALL, Watched
 
 from collect import collect, dataset_folder
 from config import Data, Teachers

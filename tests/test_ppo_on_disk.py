@@ -9,13 +9,13 @@ import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from teacher_files import DAMAGE, Stop, check_refused, contents, damage_state, stopping
 from test_ppo import GOALS, POINTS, ROOM, SEED, SMALL, TASKS, agents, make
 
 from support import files
@@ -24,14 +24,6 @@ from teachers.rollouts import load_policies
 from teachers.stored import STATE, read_state, save_state
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
-
-
-class Stop(Exception):
-    pass
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).glob("*")}
 
 
 def settings(cfg):
@@ -139,15 +131,6 @@ def test_same_seed_same_bytes_other_seed_other(whole, tmp_path):
 
 
 # -------------------------------------------------------------------------------- stop and continue
-def stopping(at, reports):
-    def report(step, value):
-        reports.append((step, value))
-        if step == at:
-            raise Stop
-
-    return report
-
-
 def scramble():
     """A process that continues knows nothing of the random streams of the one that was stopped."""
     np.random.seed(12345)
@@ -229,24 +212,12 @@ def test_reports(whole, tmp_path):
 
 # ----------------------------------------------------------------------------------------- refusals
 def refused(folder, message, cfg=SMALL, seed=SEED, batch=None):
-    """One line that names the file and what to do; nothing is changed."""
-    before = contents(folder)
-    with pytest.raises(ValueError, match=message) as error:
-        train_ppo(batch or make(), cfg, seed, folder)
-    text = str(error.value)
-    assert "\n" not in text and str(folder / STATE) in text
-    assert f"delete {folder} to train its tasks anew" in text
-    assert contents(folder) == before
+    check_refused(lambda place: train_ppo(batch or make(), cfg, seed, place), folder, message)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "empty", "text", "header", "weights", "last"])
-def test_damaged_state_is_named(copy, damage):
-    path = copy / STATE
-    data = bytearray(path.read_bytes())
-    place = {"header": 10, "weights": len(data) // 2, "last": len(data) - 1}.get(damage, 0)
-    data[place] ^= 0xFF
-    others = {"shorter": path.read_bytes()[:-100], "empty": b"", "text": b"no tensors at all"}
-    path.write_bytes(others.get(damage, data))
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_state_is_named(copy, how):
+    damage_state(copy, how)
     refused(copy, "damaged")
 
 

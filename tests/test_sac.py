@@ -27,10 +27,6 @@ UPDATES = SACConfig(steps=100, warmup=10, save_every=20, hidden=16, batch=ROWS)
 SEED = (3, 1)
 
 
-class Stop(Exception):
-    pass
-
-
 def draws(seed, n, count=1):
     """`count` replay samples and their noise, for n tasks."""
     rng = torch.Generator().manual_seed(seed)

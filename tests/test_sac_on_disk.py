@@ -7,13 +7,13 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from teacher_files import DAMAGE, Stop, check_refused, contents, damage_state, stopping
 
 from families.point_robot import POINT_ROBOT, BatchedPointRobot
 from support.files import save_tensors
@@ -26,10 +26,6 @@ pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_
 GOALS = [[0.8, -0.3], [-0.5, 0.9]]
 SMALL = SACConfig(steps=160, warmup=30, save_every=40, lr=1e-3, hidden=8, batch=16, replay=1000)
 SEED = (3, 1)
-
-
-class Stop(Exception):
-    pass
 
 
 # ---------------------------------------------------------------------------------------- train_sac
@@ -51,10 +47,6 @@ class Watched(BatchedPointRobot):
         self.states, rewards = super().step(actions)
         self.steps.append((before, actions.copy(), rewards, self.states))
         return self.states, rewards
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def train(folder, cfg=SMALL, seed=SEED, **options):
@@ -215,15 +207,6 @@ def test_segments_do_not_depend_on_how_many_follow(whole, tmp_path):
 
 
 # -------------------------------------------------------------------------------- stop and continue
-def stopping(at, reports):
-    def report(step, value):
-        reports.append((step, value))
-        if step == at:
-            raise Stop
-
-    return report
-
-
 @pytest.mark.parametrize(("at", "keep"), [(20, 0), (60, 0), (100, 1e9), (120, 0), (160, 0)])
 def test_continued_run_is_the_uninterrupted_one(whole, tmp_path, at, keep):
     """Also from no state, though there are checkpoints."""
@@ -286,27 +269,12 @@ def test_finished_run_returns_at_once(copy):
 
 # ----------------------------------------------------------------------------------------- refusals
 def refused(folder, message, cfg=SMALL, seed=SEED, batch=None):
-    """One line that names the file and what to do; nothing is changed."""
-    before = contents(folder)
-    with pytest.raises(ValueError, match=message) as error:
-        train_sac(batch or Watched(), cfg, seed, folder)
-    text = str(error.value)
-    assert (
-        "\n" not in text
-        and str(folder / STATE) in text
-        and f"delete {folder} to train its tasks anew" in text
-    )
-    assert contents(folder) == before
+    check_refused(lambda place: train_sac(batch or Watched(), cfg, seed, place), folder, message)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "empty", "text", "header", "weights", "last"])
-def test_damaged_state_is_named(copy, damage):
-    path = copy / STATE
-    data = bytearray(path.read_bytes())
-    place = {"header": 10, "weights": len(data) // 2, "last": len(data) - 1}.get(damage, 0)
-    data[place] ^= 0xFF
-    short = {"shorter": path.read_bytes()[:-100], "empty": b"", "text": b"no tensors at all"}
-    path.write_bytes(short.get(damage, data))
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_state_is_named(copy, how):
+    damage_state(copy, how)
     refused(copy, "damaged")
 
 
