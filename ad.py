@@ -239,6 +239,7 @@ class ADPolicy(ModelPolicy):
             # a_t and r_t wait for the next state: one call for three tokens costs less than two
             self.unseen = self.model.embed_prompt(step, len(self.now))[:, 1:]  # (N, 2, D)
         self.now.append(Prompt(states[:, None], actions[:, None], rewards[:, None]))
+        self.read_rewards(rewards[:, None])
 
     def _step(self, states: Tensor, actions: Tensor, rewards: Tensor) -> Prompt:
         """One transition as a prompt of one step."""

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import tyro
 
-from config import Config, Rows, Text
+from config import Config, Play, Rows, Text
 from data import Prompt
 from envs import get_family, make_batch, optimal_returns, random_returns
 from methods import Method
@@ -172,6 +172,8 @@ def variant(method: Method, cfg: Evaluation) -> str:
     settings, own = cfg.play, method.cfg.play
     if method.family.discrete_actions:  # sampled or greedy
         parts = [settings.actions]
+        heat = settings.search_temperature
+        parts += [f"search{heat:g}"] * (heat != 1 and settings.actions == "sample")
     elif components_of(method.cfg.model):
         parts = play_name(settings) + [f"noise{settings.noise:g}"] * bool(settings.noise)
     else:  # continuous ones are the mean, or noise is added to it
@@ -222,19 +224,19 @@ def play_all(
     success = np.stack(succeeded, 1) if succeeded else None
 
     lines = reference_lines(method, split, cfg.split)
-    return Returns(played, success, ceiling(method, policy, tasks, episodes, seed), lines)
+    return Returns(played, success, ceiling(method, policy, tasks, settings), lines)
 
 
-def ceiling(
-    method: Method, policy: Policy, tasks: list, episodes: int, seed: int
-) -> np.ndarray | None:
-    """Returns (E,) of the exact policy with the memory of `policy`; None where nobody knows it."""
+def ceiling(method: Method, policy: Policy, tasks: list, settings: Play) -> np.ndarray | None:
+    """Returns (E,) of the exact policy with the memory of `policy`, played alike; None where nobody
+    knows it.
+    """
     if method.family.ceiling is None:
         return None
     # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays of
     # each task.
-    exact = method.family.ceiling(policy.memory, seed)
-    return play(method.cfg.data.env, tasks * 20, exact, episodes, seed=0).mean(0)
+    exact = method.family.ceiling(policy.memory, settings.play_seed, settings.search_temperature)
+    return play(method.cfg.data.env, tasks * 20, exact, settings.episodes, seed=0).mean(0)
 
 
 # ---------------------------------------------------------------------------------------- reporting
@@ -370,6 +372,8 @@ def in_words(method: Method, policy: Policy, cfg: Evaluation, row: dict, returns
     if returns.ceiling is not None:
         ceiling, reads = returns.ceiling[-LAST:].mean(), READS[policy.memory]
         best = f"The ceiling here is {ceiling:.2f}, of a perfect policy that reads {reads}"
+        if cfg.play.search_temperature != 1:
+            best += " and searches at the same temperature"
     elif row["optimum"]:
         best = f"The ceiling here is {row['optimum']}, the optimum"
     elif row["teacher_return"]:  # no ceiling: they may be surpassed

@@ -17,7 +17,10 @@ themselves there is nothing to choose from. With `--components` (mixture.py) a c
 every step, as the network says, or by one number for all of an episode (`--component-every`), so
 that one way of acting is kept up; then an action around its mean, as wide as `--spread` says.
 Discrete actions are sampled by default: on DarkRoom the arg max of even the exact posterior walks
-to the middle of the room and stays there.
+to the middle of the room and stays there. `--search-temperature` flattens them as long as the
+context holds no reward that differs from another, in other words knows nothing of the task: where
+the optimal actions of many tasks are averaged, draws of that mean go to and fro about the middle,
+and what is far from it is hardly ever entered.
 """
 
 from __future__ import annotations
@@ -66,11 +69,20 @@ def choose(logits: Tensor, greedy: bool, rng: torch.Generator) -> Tensor:
     return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=rng)[:, 0]
 
 
+def flatten(logits: Tensor, searching: Tensor, temperature: float) -> Tensor:
+    """Logits (N, A), over `temperature` in the rows that search (N,): closer to uniform."""
+    return torch.where(searching[:, None], logits / temperature, logits)
+
+
 def check_play(play: Play, family: Family) -> None:
     """Raises ValueError for settings that this family cannot be played with."""
     if play.noise and family.discrete_actions:
         raise ValueError(
             f"--noise is for continuous actions; those of {family.name} are sampled (--actions)"
+        )
+    if play.search_temperature != 1 and not family.discrete_actions:
+        raise ValueError(
+            f"--search-temperature is for discrete actions; for those of {family.name} see --noise"
         )
 
 
@@ -96,12 +108,27 @@ class ModelPolicy:
 
     def begin(self, history: list[Prompt], rows: int) -> None:
         self.exploring = self.play.first == "random" and not history
+        # lowest and highest reward (N,) of what is read: at first of nothing
+        self.low = torch.full((rows,), torch.inf)
+        self.high = -self.low
+        read = history[-1:] if self.memory == "last" else history
+        if read:
+            self.read_rewards(torch.cat([episode.rewards for episode in read], 1))
         # A component may stay the same for an episode: one number a task looks it up at every step.
         stays = self.play.component_every == "episode"
         self.u = torch.rand(rows, generator=self.rng) if stays else None
 
     def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None:
         pass  # a policy that reads finished episodes alone learns nothing from a step
+
+    def read_rewards(self, rewards: Tensor) -> None:
+        """Rewards (N, n) are in the context from now on."""
+        self.low = torch.minimum(self.low, rewards.amin(1))
+        self.high = torch.maximum(self.high, rewards.amax(1))
+
+    def searching(self) -> Tensor:
+        """(N,) bool: where no reward is read yet, or all are alike, which tells of no task."""
+        return ~(self.high > self.low)
 
     def read(self, states: Tensor) -> Tensor:
         """States as the model reads them."""
@@ -129,7 +156,9 @@ class ModelPolicy:
             shape = (len(prediction), self.family.action_dim)
             return 2 * torch.rand(shape, generator=self.rng) - 1  # uniform in [-1, 1]
         if discrete:
-            return choose(prediction, self.play.actions == "greedy", self.rng)
+            logits, temperature = prediction.float().cpu(), self.play.search_temperature
+            logits = flatten(logits, self.searching(), temperature)
+            return choose(logits, self.play.actions == "greedy", self.rng)
         # Eq. 10 with a squared error learns the mean of what was done: that mean is played
         action = prediction.float().cpu()
         if is_mixture(action, self.family.action_dim):

@@ -141,11 +141,14 @@ _CPU_SAC_DPT = dict(
 CPU = {
     # The paper's data, prompts of six episodes. Played are four (history + 1), the last of which is
     # then one of the middle: where nothing was found yet, its behaviour still searches.
-    ("darkroom", "ad"): dict(prompt_length=600, steps=400, batch=6, episodes=40),
+    # search_temperature: draws of the mean of all goals' actions stay in the middle of the room.
+    ("darkroom", "ad"): dict(
+        prompt_length=600, steps=400, batch=6, episodes=40, search_temperature=4.0,
+    ),
     # Prompts of one episode, the memory that Algorithm 4 has, and three times as many of them.
     ("darkroom", "dpt"): dict(
-        recipe="explore", data_episodes=400, prompt_length=100, batch=36, queries=16, steps=1100,
-        episodes=40,
+        recipe="explore", data_episodes=400, prompt_length=100, batch=36, queries=16, steps=900,
+        episodes=40, search_temperature=4.0,
     ),
     # components: AD imitates many behaviours at once and must choose one; their draws also search,
     # where mean actions only repeat the best episodes, which are all that Algorithm 2 keeps.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ STRIP = "Rendered by the simulator, on the first held-out task."
 
 def ceiling(run: Run, episodes: int) -> tuple[np.ndarray | None, str]:
     """Returns (E,) of the exact policy with the run's memory, as evaluate.py draws them; a name."""
-    own = run.method.cfg.play
+    own = replace(run.method.cfg.play, episodes=episodes)
     policy = run.method.policy(own)
-    returns = evaluate.ceiling(run.method, policy, run.split.test, episodes, own.play_seed)
+    returns = evaluate.ceiling(run.method, policy, run.split.test, own)
     return returns, "" if returns is None else f"exact posterior of {READS[policy.memory]}"
 
 

@@ -282,10 +282,11 @@ def test_in_words(first):
     """What a curve began with, and what it is to be compared with."""
     method = SimpleNamespace(label="T2MIR-AD", try_next="more")
     cfg = Evaluation("", play=Play(first=first))
+    hot = Evaluation("", play=Play(first=first, search_temperature=4.0))
     facts = {"first_return": "1.00", "last_return": "5.00", "optimum": "", "teacher_return": ""}
     began = "its first episode" if first == "policy" else "a first episode of random actions"
 
-    def words(memory="all", ceiling=None, **known):
+    def words(memory="all", ceiling=None, cfg=cfg, **known):
         policy = SimpleNamespace(memory=memory)
         returns = Returns(np.zeros((1, 8)), None, ceiling, {})
         learnt, best = in_words(method, policy, cfg, facts | known, returns).split("\n")
@@ -297,6 +298,8 @@ def test_in_words(first):
     known = {"optimum": "9.00", "teacher_return": "8.00"}
     assert words("all", np.arange(8.0), **known) == f"{perfect} every episode"
     assert words("last", np.arange(8.0), **known) == f"{perfect} the last episode"
+    hotter = f"{perfect} the last episode and searches at the same temperature"
+    assert words("last", np.arange(8.0), hot, **known) == hotter
     assert words(**known) == "The ceiling here is 9.00, the optimum"
     assert words(teacher_return="8.00") == "The teachers reach 8.00"
     assert words() == "The ceiling here is not known"

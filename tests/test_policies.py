@@ -1,4 +1,4 @@
-"""test_policies.py: what the policies of all methods share: the choice of an action, noise.
+"""test_policies.py: what the policies of all methods share: the choice of an action, noise, search.
 
 Run: python -m pytest -q tests/test_policies.py
 """
@@ -10,7 +10,7 @@ from toys import GRID, PLANE, method
 
 from ad import ADBatch
 from config import Play
-from policies import check_play, choose
+from policies import check_play, choose, flatten
 from support.settings import check_types
 
 
@@ -77,3 +77,69 @@ def test_impossible_noise_is_refused(noise, named):
     check_play(Play(noise=0.0), GRID)
     with pytest.raises(ValueError, match="continuous actions"):  # also where a policy is made
         method("ad", GRID).policy(method("ad", GRID, noise=0.1).cfg.play)
+
+
+# ----------------------------------------------------------------------------- --search-temperature
+def test_flat_logits_are_a_power_of_the_probabilities():
+    """p to the power of 1/T, normalised, in the rows that search; the others as they were."""
+    logits = torch.tensor([[2.0, 0.0, -torch.inf], [2.0, 0.0, -torch.inf]])
+    flat = flatten(logits, torch.tensor([True, False]), 4.0).softmax(-1)
+    power = logits[0].softmax(-1) ** 0.25
+    torch.testing.assert_close(flat[0], power / power.sum())
+    torch.testing.assert_close(flat[1], logits[1].softmax(-1))
+    assert flat[0, 2] == 0  # an action that is never right stays one
+
+
+@pytest.mark.parametrize("layout", ["ad", "first", "last"])
+def test_who_has_read_no_reward_that_differs_plays_flatter(layout):
+    rows, temperature = 8000, 4.0
+    tiny = method(layout, GRID, search_temperature=temperature)
+    policy = tiny.policy(tiny.cfg.play)
+    prompt = toys.draw(tiny.model, rows=rows, steps=toys.T).prompt
+    prompt.rewards = torch.zeros(rows, toys.T)
+    prompt.rewards[rows // 2 :, 1] = 1.0
+    policy.begin([prompt], rows)
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).expand(rows, 3)
+    taken = policy.action(logits).view(2, -1)
+    want = torch.stack([logits[0] / temperature, logits[0]]).softmax(-1)
+    for half, probability in zip(taken, want, strict=True):
+        share = half.bincount(minlength=3) / len(half)
+        assert (share - probability).abs().max() < 5 * 0.5 / len(half) ** 0.5
+
+
+@pytest.mark.parametrize("memory", ["last", "all"])
+def test_a_search_begins_anew_where_the_reward_is_forgotten(memory):
+    tiny = method("last", GRID, search_temperature=2.0, prompt=memory)
+    policy = tiny.policy(tiny.cfg.play)
+    found, nothing = (toys.draw(tiny.model, rows=2, steps=toys.T).prompt for _ in range(2))
+    found.rewards = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    nothing.rewards = torch.zeros(2, toys.T)
+    begun = [[], [nothing], [nothing, found], [nothing, found, nothing]]
+    searches = []
+    for history in begun:
+        policy.begin(history, 2)
+        searches.append(policy.searching().tolist())
+    assert searches[:3] == [[True, True], [True, True], [True, False]]
+    assert searches[3] == [True, memory == "last"]
+
+
+@pytest.mark.parametrize("layout, reads", [("ad", True), ("last", False)])
+def test_ad_reads_the_rewards_of_the_running_episode(layout, reads):
+    """DPT's prompt is frozen during an episode: what it does not read it goes on searching for."""
+    tiny = method(layout, GRID, search_temperature=2.0)
+    policy = tiny.policy(tiny.cfg.play)
+    policy.begin([], 2)
+    states = torch.zeros(2, 2, dtype=torch.int64)
+    for rewards, searches in (([1.0, 1.0], [True, True]), ([1.0, 0.0], [True, not reads])):
+        actions = policy.act(states)
+        policy.observe(states, actions, torch.tensor(rewards))
+        assert policy.searching().tolist() == searches
+
+
+def test_a_search_temperature_is_for_discrete_actions():
+    check_play(Play(search_temperature=4.0), GRID)
+    check_play(Play(search_temperature=1.0), PLANE)
+    with pytest.raises(ValueError, match="--search-temperature is for discrete actions"):
+        check_play(Play(search_temperature=4.0), PLANE)
+    with pytest.raises(ValueError, match="--search-temperature 0"):
+        check_types(Play(search_temperature=0.0))

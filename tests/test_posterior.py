@@ -214,6 +214,21 @@ def test_what_was_never_a_goal_is_found_by_chance_alone():
 
 
 @pytest.mark.parametrize("memory", ["last", "all"])
+def test_flatter_draws_search_better(memory):
+    """The mean of all goals' actions leads to the middle; what was found is played as before."""
+    played = []
+    for temperature in (1.0, 4.0):
+        policy = ExactPosterior(memory, search_temperature=temperature)
+        played.append(play("darkroom", CELLS.tolist() * 3, policy, 12)[:, 1:])  # (300, 11)
+    found = [(returns > 0).any(1).mean() for returns in played]
+    assert found[1] > found[0] + 0.05
+    best = 101 - np.maximum(np.tile(CELLS, (3, 1)).sum(1), 1)
+    for returns in played:
+        after = returns[:, 1:][returns[:, :-1] > 0]  # the prompt has a reward
+        np.testing.assert_array_equal(after, np.repeat(best[:, None], 10, 1)[returns[:, :-1] > 0])
+
+
+@pytest.mark.parametrize("memory", ["last", "all"])
 def test_arg_max_of_the_posterior_fails(memory):
     """It walks to the middle and oscillates there for ever."""
     returns = play("darkroom", CELLS.tolist(), ExactPosterior(memory, greedy=True), 5).mean(0)
