@@ -54,7 +54,7 @@ Text = Annotated[str, MinLen(1), AfterValidator(_printable)]
 Quality = Literal["mixed", "medium-expert", "medium"]
 Recipe = Literal["paper", "explore", "wander"]
 Preset = Literal["auto", "paper", "cpu"]
-Actions = Literal["sample", "greedy"]
+Actions = Literal["sample", "greedy", "search"]
 Every = Literal["step", "episode"]
 First = Literal["policy", "random"]
 Whose = Literal["each", "siblings", "one"]
@@ -180,13 +180,14 @@ class Play:
     episodes: Count = 40
     """Episodes on each task (N of Algorithms 2, 4)."""
     actions: Actions = "sample"
-    """How a discrete action, or one of --components, is taken: drawn, or the likeliest one."""
+    """How a discrete action, or one of --components, is taken: drawn, or the likeliest one; search:
+    drawn while all rewards that are read are alike, then the likeliest one."""
     first: First = "policy"
     """Who plays the first episode, which has no context: the policy (paper) or random actions."""
     noise: NotNegative = 0.0
     """Deviation of the Gaussian noise on continuous actions; 0: the mean (paper)."""
     search_temperature: Positive = field(default=1.0, metadata={"before": 1.0})
-    """Discrete actions: their logits over it while all rewards read are alike; 1: paper."""
+    """Discrete actions: their logits over it while all rewards that are read are alike."""
     component_every: Every = field(default="step", metadata={"before": "step"})
     """With --components: when a component is drawn anew; episode: by one number for all of it."""
     spread: NotNegative = field(default=1.0, metadata={"before": 1.0})

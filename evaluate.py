@@ -173,7 +173,7 @@ def variant(method: Method, cfg: Evaluation) -> str:
     if method.family.discrete_actions:  # sampled or greedy
         parts = [settings.actions]
         heat = settings.search_temperature
-        parts += [f"search{heat:g}"] * (heat != 1 and settings.actions == "sample")
+        parts += [f"t{heat:g}"] * (heat != 1 and settings.actions != "greedy")
     elif components_of(method.cfg.model):
         parts = play_name(settings) + [f"noise{settings.noise:g}"] * bool(settings.noise)
     else:  # continuous ones are the mean, or noise is added to it

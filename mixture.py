@@ -137,4 +137,4 @@ def play_name(play: Play) -> list[str]:
     """How a mixture was played, for file names."""
     if play.actions == "greedy":
         return ["greedy"]
-    return ["sample", f"each-{play.component_every}", f"spread{play.spread:g}"]
+    return [play.actions, f"each-{play.component_every}", f"spread{play.spread:g}"]

@@ -20,7 +20,8 @@ Discrete actions are sampled by default: on DarkRoom the arg max of even the exa
 to the middle of the room and stays there. `--search-temperature` flattens them as long as the
 context holds no reward that differs from another, in other words knows nothing of the task: where
 the optimal actions of many tasks are averaged, draws of that mean go to and fro about the middle,
-and what is far from it is hardly ever entered.
+and what is far from it is hardly ever entered. `--actions search` draws as long as that lasts, and
+then takes the arg max, which is what an optimal action is once the task is known.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def concatenate(history: list[Prompt]) -> Prompt:
     return Prompt(*(torch.cat([getattr(p, f.name) for p in history], 1) for f in fields(Prompt)))
 
 
-def choose(logits: Tensor, greedy: bool, rng: torch.Generator) -> Tensor:
-    """Discrete actions (N,) from logits (N, A)."""
-    if greedy:
-        return logits.argmax(-1).cpu()
+def choose(logits: Tensor, greedy: bool | Tensor, rng: torch.Generator) -> Tensor:
+    """Discrete actions (N,) from logits (N, A): the likeliest where `greedy`, (N,) or for all."""
     # drawn on the CPU, so that a GPU plays the same actions for the same seed
-    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=rng)[:, 0]
+    logits = logits.float().cpu()
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
+    return torch.where(torch.as_tensor(greedy), logits.argmax(-1), drawn)
 
 
 def flatten(logits: Tensor, searching: Tensor, temperature: float) -> Tensor:
@@ -130,6 +131,13 @@ class ModelPolicy:
         """(N,) bool: where no reward is read yet, or all are alike, which tells of no task."""
         return ~(self.high > self.low)
 
+    def greedy(self) -> Tensor:
+        """(N,) bool: where the likeliest action is taken."""
+        searching = self.searching()
+        if self.play.actions == "search":
+            return ~searching
+        return torch.full_like(searching, self.play.actions == "greedy")
+
     def read(self, states: Tensor) -> Tensor:
         """States as the model reads them."""
         states = states.to(self.device)
@@ -158,7 +166,7 @@ class ModelPolicy:
         if discrete:
             logits, temperature = prediction.float().cpu(), self.play.search_temperature
             logits = flatten(logits, self.searching(), temperature)
-            return choose(logits, self.play.actions == "greedy", self.rng)
+            return choose(logits, self.greedy(), self.rng)
         # Eq. 10 with a squared error learns the mean of what was done: that mean is played
         action = prediction.float().cpu()
         if is_mixture(action, self.family.action_dim):
@@ -172,8 +180,7 @@ class ModelPolicy:
         """An action (N, da) from the numbers of a mixture (N, A)."""
         shape = (len(head), self.family.action_dim)
         policy = mixture(head, self.family.action_dim)
-        if self.play.actions == "greedy":
-            return policy.likeliest()
         u = torch.rand(len(head), generator=self.rng) if self.u is None else self.u
         # drawn whatever the spread: another one then changes nothing else in a seed's play
-        return policy.sample(u, self.play.spread * torch.randn(shape, generator=self.rng))
+        drawn = policy.sample(u, self.play.spread * torch.randn(shape, generator=self.rng))
+        return torch.where(self.greedy()[:, None], policy.likeliest(), drawn)

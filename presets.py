@@ -138,17 +138,19 @@ _CPU_SAC_DPT = dict(
     recipe="explore", steps=600, batch=16, queries=32, episodes=10, eval_every=500,
     task_balance=0.003,
 )
+# Without a reward draws of all goals' mean action stay in the middle of the room: flatter ones
+# search better. With a reward there is nothing to draw (FINDINGS.md).
+_SEARCH = dict(actions="search", search_temperature=4.0)
 CPU = {
     # The paper's data, prompts of six episodes. Played are four (history + 1), the last of which is
     # then one of the middle: where nothing was found yet, its behaviour still searches.
-    # search_temperature: draws of the mean of all goals' actions stay in the middle of the room.
     ("darkroom", "ad"): dict(
-        prompt_length=600, steps=400, batch=6, episodes=40, search_temperature=4.0,
+        prompt_length=600, steps=400, batch=6, episodes=40, **_SEARCH,
     ),
     # Prompts of one episode, the memory that Algorithm 4 has, and three times as many of them.
     ("darkroom", "dpt"): dict(
         recipe="explore", data_episodes=400, prompt_length=100, batch=36, queries=16, steps=900,
-        episodes=40, search_temperature=4.0,
+        episodes=40, **_SEARCH,
     ),
     # components: AD imitates many behaviours at once and must choose one; their draws also search,
     # where mean actions only repeat the best episodes, which are all that Algorithm 2 keeps.

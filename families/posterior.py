@@ -20,6 +20,7 @@ Shape legend: B prompts, n steps of a prompt, Q query states of each, 100 cells 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 import torch
@@ -118,9 +119,10 @@ if __name__ == "__main__":
     train, test = split_tasks("darkroom", Data().task_seed)
     print(f"returns of {len(test)} held-out goals, five plays of each")
     for name, goals in (("all cells", None), ("training goals", train)):
-        for memory in ("last", "all"):
-            policy = ExactPosterior(memory, 0, goals=goals)
+        for memory, temperature in product(("last", "all"), (1, 2, 4, 8)):
+            policy = ExactPosterior(memory, 0, temperature, goals=goals)
             returns = play("darkroom", test * 5, policy, 40).mean(0)
-            shown = "  ".join(f"episode {e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20))
+            shown = "  ".join(f"{e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20))
             last = f"last {LAST} of 40: {returns[-LAST:].mean():.1f}"
-            print(f"{name:14s} possible, prompt {memory:4s}: {shown}  {last}")
+            how = f"{name} possible, prompt {memory}, --search-temperature {temperature}"
+            print(f"{how:64s} episode {shown}  {last}")

@@ -181,6 +181,7 @@ def test_greedy_spread_and_noise():
 
     likeliest = torch.tensor(MEANS[0]).expand(n, 2)
     near(play(actions="greedy"), likeliest)
+    assert torch.equal(play(actions="search"), play(actions="sample"))  # nothing has been read
     near(play(actions="greedy", component_every="episode", spread=3.0), likeliest)
     assert (play(spread=0.0).unsqueeze(1) - torch.tensor(MEANS)).abs().sum(-1).amin(1).max() < 1e-5
     for settings, want in (

@@ -19,6 +19,9 @@ def test_choose_samples_the_softmax_or_takes_the_best():
     taken = choose(logits, False, torch.Generator().manual_seed(0)).bincount(minlength=3) / 40_000
     torch.testing.assert_close(taken, logits[0].softmax(-1), atol=0.01, rtol=0)
     assert (choose(logits, True, torch.Generator()) == 1).all()
+    some = torch.arange(40_000) < 30_000  # each row as it says
+    mixed = choose(logits, some, torch.Generator().manual_seed(0))
+    assert (mixed[some] == 1).all() and 0 < (mixed[~some] == 0).float().mean() < 1
     assert taken[2] == 0
 
 
@@ -90,10 +93,12 @@ def test_flat_logits_are_a_power_of_the_probabilities():
     assert flat[0, 2] == 0  # an action that is never right stays one
 
 
+@pytest.mark.parametrize("actions", ["sample", "search"])
 @pytest.mark.parametrize("layout", ["ad", "first", "last"])
-def test_who_has_read_no_reward_that_differs_plays_flatter(layout):
+def test_who_has_read_no_reward_that_differs_plays_flatter(layout, actions):
+    """The others are drawn as they are, or (search) take the likeliest action."""
     rows, temperature = 8000, 4.0
-    tiny = method(layout, GRID, search_temperature=temperature)
+    tiny = method(layout, GRID, search_temperature=temperature, actions=actions)
     policy = tiny.policy(tiny.cfg.play)
     prompt = toys.draw(tiny.model, rows=rows, steps=toys.T).prompt
     prompt.rewards = torch.zeros(rows, toys.T)
@@ -102,6 +107,8 @@ def test_who_has_read_no_reward_that_differs_plays_flatter(layout):
     logits = torch.tensor([[2.0, 0.0, -1.0]]).expand(rows, 3)
     taken = policy.action(logits).view(2, -1)
     want = torch.stack([logits[0] / temperature, logits[0]]).softmax(-1)
+    if actions == "search":
+        want[1] = torch.tensor([1.0, 0.0, 0.0])
     for half, probability in zip(taken, want, strict=True):
         share = half.bincount(minlength=3) / len(half)
         assert (share - probability).abs().max() < 5 * 0.5 / len(half) ** 0.5
