@@ -21,14 +21,14 @@ Shape legend: B prompts, n steps of a prompt, Q query states of each, 100 cells 
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from data import Prompt
 from families.darkroom import CELLS, MOVES, SIDE, cell_id, darkroom_teacher
-from policies import choose, concatenate, flatten
+from policies import Memory, choose, concatenate, flatten
 
 # TEACHER[s, g]: the optimal action in cell s for goal g, one-hot (100, 100, 5)
 TEACHER = torch.nn.functional.one_hot(
@@ -83,7 +83,7 @@ class ExactPosterior:
 
     def __init__(
         self,
-        memory: Literal["last", "all"] = "last",
+        memory: Memory = "last",
         seed: int = 0,
         search_temperature: float = 1.0,
         greedy: bool = False,
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     train, test = split_tasks("darkroom", Data().task_seed)
     print(f"returns of {len(test)} held-out goals, five plays of each")
     for name, goals in (("all cells", None), ("training goals", train)):
-        for memory, temperature in product(("last", "all"), (1, 2, 4, 8)):
+        for memory, temperature in product(get_args(Memory), (1, 2, 4, 8)):
             policy = ExactPosterior(memory, 0, temperature, goals=goals)
             returns = play("darkroom", test * 5, policy, 40).mean(0)
             shown = "  ".join(f"{e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20))
