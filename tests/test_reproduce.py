@@ -100,9 +100,9 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
     (row,) = table(results)
     assert (row["seeds"], row["tasks"], row["repeats"], row["steps"]) == ("0 1", "4", "2", "150")
     assert (row["paper"], row["paper_pm"], row["difference"]) == ("78.3", "1.4", "")
-    with open(results / f"{stopped}-test-sample-last.csv", newline="") as file:
+    with open(results / f"{stopped}-test-search-t4-last.csv", newline="") as file:
         returns = [float(line["return"]) for line in csv.DictReader(file)]
-    with open(results / f"{done}-test-sample-last.csv", newline="") as file:
+    with open(results / f"{done}-test-search-t4-last.csv", newline="") as file:
         returns += [float(line["return"]) for line in csv.DictReader(file)]
     assert len(returns) == 2 * 4 * 2 * 2  # seeds, tasks, repeats, episodes
     assert float(row["mean"]) == pytest.approx(np.mean(returns), rel=1e-4)
