@@ -364,8 +364,8 @@ class DPTPolicy(ModelPolicy):
         steps = self.family.horizon
         episodes = past.rewards.unflatten(1, (-1, steps)).sum(-1)  # (N, L)
         best = steps * episodes.argmax(1, keepdim=True) + torch.arange(steps)  # (N, T)
-        found = past.rewards.max(1).values > past.rewards.min(1).values
-        return where(found, steps_at(past, best), one_step_a_state(past, self.sides, steps))
+        pool = one_step_a_state(past, self.sides, steps)
+        return where(self.searching(), pool, steps_at(past, best))
 
     def predict(self, states: Tensor, row: Tensor | slice) -> Tensor:
         """The model's output (M, A) for states (M, ds) of the tasks `row`."""
