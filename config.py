@@ -186,8 +186,8 @@ class Play:
     """Who plays the first episode, which has no context: the policy (paper) or random actions."""
     noise: NotNegative = 0.0
     """Deviation of the Gaussian noise on continuous actions; 0: the mean (paper)."""
-    search_temperature: Positive = field(default=1.0, metadata={"before": 1.0})
-    """Discrete actions: their logits over it while all rewards that are read are alike."""
+    temperature: Positive = field(default=1.0, metadata={"before": 1.0})
+    """Of what is drawn, a discrete action or one of --components: its logits over it."""
     component_every: Every = field(default="step", metadata={"before": "step"})
     """With --components: when a component is drawn anew; episode: by one number for all of it."""
     spread: NotNegative = field(default=1.0, metadata={"before": 1.0})

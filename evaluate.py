@@ -172,7 +172,7 @@ def variant(method: Method, cfg: Evaluation) -> str:
     settings, own = cfg.play, method.cfg.play
     if method.family.discrete_actions:  # sampled or greedy
         parts = [settings.actions]
-        heat = settings.search_temperature
+        heat = settings.temperature
         parts += [f"t{heat:g}"] * (heat != 1 and settings.actions != "greedy")
     elif components_of(method.cfg.model):
         parts = play_name(settings) + [f"noise{settings.noise:g}"] * bool(settings.noise)
@@ -235,7 +235,7 @@ def ceiling(method: Method, policy: Policy, tasks: list, settings: Play) -> np.n
         return None
     # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays of
     # each task.
-    exact = method.family.ceiling(policy.memory, settings.play_seed, settings.search_temperature)
+    exact = method.family.ceiling(policy.memory, settings.play_seed, settings.temperature)
     return play(method.cfg.data.env, tasks * 20, exact, settings.episodes, seed=0).mean(0)
 
 
@@ -372,8 +372,8 @@ def in_words(method: Method, policy: Policy, cfg: Evaluation, row: dict, returns
     if returns.ceiling is not None:
         ceiling, reads = returns.ceiling[-LAST:].mean(), READS[policy.memory]
         best = f"The ceiling here is {ceiling:.2f}, of a perfect policy that reads {reads}"
-        if cfg.play.search_temperature != 1:
-            best += " and searches at the same temperature"
+        if cfg.play.temperature != 1:
+            best += " and draws at the same temperature"
     elif row["optimum"]:
         best = f"The ceiling here is {row['optimum']}, the optimum"
     elif row["teacher_return"]:  # no ceiling: they may be surpassed

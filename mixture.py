@@ -10,7 +10,8 @@ nobody did. With `--components K` the head says
     pi(a) = sum_k w_k N(a; mu_k, diag(sigma_k^2))       k = 1 ... K components
 
 over the whole action, so that one component is one way to move all joints. It is played by drawing
-a component, then an action around that component's mean (policies.py).
+a component, then an action around that component's mean (policies.py). `--temperature` T draws
+the components with w_k to the power of 1 / T: below 1 the likely ones more often.
 
 Symbols: K -> components (the experts of the MoE, also K in the paper, are something else); w_k ->
 exp(log_weight); mu_k -> mean; sigma_k -> std. Shapes: da numbers of an action, N tasks played.
@@ -23,7 +24,7 @@ SAC, such an action would be infinitely far away. A sigma of at least 0.05 keeps
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -69,6 +70,10 @@ class Mixture:
         which = below.sum(-1).clamp_max(below.shape[-1] - 1)  # a rounded sum may end below u
         mean, std = self._of(which)
         return (mean + std * noise).clamp(-1, 1)
+
+    def at(self, temperature: float) -> Mixture:
+        """The same components, each weight to the power of 1 / temperature, normalised."""
+        return replace(self, log_weight=(self.log_weight / temperature).log_softmax(-1))
 
     def likeliest(self) -> Float[Tensor, "*N da"]:
         """The mean of the component with the largest weight."""
@@ -137,4 +142,5 @@ def play_name(play: Play) -> list[str]:
     """How a mixture was played, for file names."""
     if play.actions == "greedy":
         return ["greedy"]
-    return [play.actions, f"each-{play.component_every}", f"spread{play.spread:g}"]
+    heat = [f"t{play.temperature:g}"] * (play.temperature != 1)
+    return [play.actions, *heat, f"each-{play.component_every}", f"spread{play.spread:g}"]

@@ -17,11 +17,12 @@ themselves there is nothing to choose from. With `--components` (mixture.py) a c
 every step, as the network says, or by one number for all of an episode (`--component-every`), so
 that one way of acting is kept up; then an action around its mean, as wide as `--spread` says.
 Discrete actions are sampled by default: on DarkRoom the arg max of even the exact posterior walks
-to the middle of the room and stays there. `--search-temperature` flattens them as long as the
-context holds no reward that differs from another, in other words knows nothing of the task: where
-the optimal actions of many tasks are averaged, draws of that mean go to and fro about the middle,
-and what is far from it is hardly ever entered. `--actions search` draws as long as that lasts, and
-then takes the arg max, which is what an optimal action is once the task is known.
+to the middle of the room and stays there. `--actions search` draws as long as the context holds no
+reward that differs from another, in other words knows nothing of the task, and then takes the arg
+max, which is what an optimal action is once the task is known. `--temperature` makes draws flatter
+(above 1) or sharper. Flatter where nothing is known: there the optimal actions of many tasks are
+averaged, draws of that mean go to and fro about the middle, and what is far from it is hardly ever
+entered. Sharper with `--components`: what few have done is then tried less often.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from config import Play
 from data import Prompt, normalise
 from envs import Family
 from methods import Method
-from mixture import check_mixture, is_mixture, mixture
+from mixture import check_mixture, components_of, is_mixture, mixture
 
 Memory = Literal["last", "all"]  # of finished episodes: what a policy may remember
 
@@ -70,20 +71,19 @@ def choose(logits: Tensor, greedy: bool | Tensor, rng: torch.Generator) -> Tenso
     return torch.where(torch.as_tensor(greedy), logits.argmax(-1), drawn)
 
 
-def flatten(logits: Tensor, searching: Tensor, temperature: float) -> Tensor:
-    """Logits (N, A), over `temperature` in the rows that search (N,): closer to uniform."""
-    return torch.where(searching[:, None], logits / temperature, logits)
-
-
-def check_play(play: Play, family: Family) -> None:
-    """Raises ValueError for settings that this family cannot be played with."""
+def check_play(model: Any, play: Play, family: Family) -> None:
+    """Raises ValueError for settings that this family cannot be played with. `model`: the settings
+    of a network.
+    """
+    check_mixture(model, play, family)
     if play.noise and family.discrete_actions:
         raise ValueError(
             f"--noise is for continuous actions; those of {family.name} are sampled (--actions)"
         )
-    if play.search_temperature != 1 and not family.discrete_actions:
+    if play.temperature != 1 and not (family.discrete_actions or components_of(model)):
         raise ValueError(
-            f"--search-temperature is for discrete actions; for those of {family.name} see --noise"
+            f"--temperature is for what is drawn: discrete actions, or --components of continuous "
+            f"ones; for those of {family.name} see --noise"
         )
 
 
@@ -93,8 +93,7 @@ class ModelPolicy:
     memory: Memory = "all"
 
     def __init__(self, method: Method, play: Any):
-        check_play(play, method.family)
-        check_mixture(method.cfg.model, play, method.family)
+        check_play(method.cfg.model, play, method.family)
         self.play: Any = play  # `Play`, with the settings that a method adds
         self.family = method.family
         # eval mode: no router noise (Eq. 14 is for training), no dropout
@@ -164,9 +163,7 @@ class ModelPolicy:
             shape = (len(prediction), self.family.action_dim)
             return 2 * torch.rand(shape, generator=self.rng) - 1  # uniform in [-1, 1]
         if discrete:
-            logits, temperature = prediction.float().cpu(), self.play.search_temperature
-            logits = flatten(logits, self.searching(), temperature)
-            return choose(logits, self.greedy(), self.rng)
+            return choose(prediction.float() / self.play.temperature, self.greedy(), self.rng)
         # Eq. 10 with a squared error learns the mean of what was done: that mean is played
         action = prediction.float().cpu()
         if is_mixture(action, self.family.action_dim):
@@ -179,7 +176,7 @@ class ModelPolicy:
     def of_mixture(self, head: Tensor) -> Tensor:
         """An action (N, da) from the numbers of a mixture (N, A)."""
         shape = (len(head), self.family.action_dim)
-        policy = mixture(head, self.family.action_dim)
+        policy = mixture(head, self.family.action_dim).at(self.play.temperature)
         u = torch.rand(len(head), generator=self.rng) if self.u is None else self.u
         # drawn whatever the spread: another one then changes nothing else in a seed's play
         drawn = policy.sample(u, self.play.spread * torch.randn(shape, generator=self.rng))

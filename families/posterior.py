@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data import Prompt
 from families.darkroom import CELLS, MOVES, SIDE, cell_id, darkroom_teacher
-from policies import Memory, choose, concatenate, flatten
+from policies import Memory, choose, concatenate
 
 # TEACHER[s, g]: the optimal action in cell s for goal g, one-hot (100, 100, 5)
 TEACHER = torch.nn.functional.one_hot(
@@ -77,19 +77,19 @@ class ExactPosterior:
     """The exact policy as evaluate.py plays one: what no DPT with the same memory can surpass.
 
     `memory` "last": the prompt is the last episode (Algorithm 4); "all": all of them. `goals`:
-    those that it holds possible, all alike; None: every cell. `search_temperature`: as the policies
-    of models have it (policies.py); the draws of the exact marginal are no good search either.
+    those that it holds possible, all alike; None: every cell. `temperature`: of its draws, as those
+    of models (policies.py); the exact marginal as it is searches no better.
     """
 
     def __init__(
         self,
         memory: Memory = "last",
         seed: int = 0,
-        search_temperature: float = 1.0,
+        temperature: float = 1.0,
         greedy: bool = False,
         goals: list | None = None,
     ):
-        self.memory, self.greedy, self.temperature = memory, greedy, search_temperature
+        self.memory, self.greedy, self.temperature = memory, greedy, temperature
         possible = cell_id(torch.as_tensor(CELLS if goals is None else goals))
         self.prior = torch.zeros_like(UNIFORM).index_fill(0, possible, 1 / len(possible))
         self.rng = torch.Generator().manual_seed(seed)
@@ -99,13 +99,11 @@ class ExactPosterior:
         if history:
             prompt = history[-1] if self.memory == "last" else concatenate(history)
         self.belief = goal_posterior(prompt, rows, self.prior)
-        unpaid = torch.zeros(rows, 1) if prompt is None else prompt.rewards
-        self.searching = unpaid.amax(1) == unpaid.amin(1)
 
     def act(self, states: Tensor) -> Tensor:
         probabilities = action_posterior(self.belief, states[:, None])[:, 0]
-        logits = flatten(probabilities.log(), self.searching, self.temperature)
-        return choose(logits, self.greedy, self.rng)
+        # once a reward names the goal, what is right is right alike, at any temperature
+        return choose(probabilities.log() / self.temperature, self.greedy, self.rng)
 
     def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None: ...
 
@@ -124,5 +122,5 @@ if __name__ == "__main__":
             returns = play("darkroom", test * 5, policy, 40).mean(0)
             shown = "  ".join(f"{e}: {returns[e - 1]:.1f}" for e in (1, 5, 10, 20))
             last = f"last {LAST} of 40: {returns[-LAST:].mean():.1f}"
-            how = f"{name} possible, prompt {memory}, --search-temperature {temperature}"
+            how = f"{name} possible, prompt {memory}, --temperature {temperature}"
             print(f"{how:64s} episode {shown}  {last}")

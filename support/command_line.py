@@ -25,7 +25,6 @@ import presets
 from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
 from envs import FAMILIES, get_family
 from methods import get_method, names
-from mixture import check_mixture
 from policies import check_play
 from support import distributed
 from support.checkpoint import load_config
@@ -137,8 +136,7 @@ def check(cfg: Config) -> None:
             f"{data.data_episodes}"
         )
     # of all methods: none has to name them
-    check_mixture(cfg.model, cfg.play, family)
-    check_play(cfg.play, family)
+    check_play(cfg.model, cfg.play, family)
     get_method(cfg.backbone).check(cfg, family)
 
 

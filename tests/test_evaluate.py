@@ -282,7 +282,7 @@ def test_in_words(first):
     """What a curve began with, and what it is to be compared with."""
     method = SimpleNamespace(label="T2MIR-AD", try_next="more")
     cfg = Evaluation("", play=Play(first=first))
-    hot = Evaluation("", play=Play(first=first, search_temperature=4.0))
+    hot = Evaluation("", play=Play(first=first, temperature=4.0))
     facts = {"first_return": "1.00", "last_return": "5.00", "optimum": "", "teacher_return": ""}
     began = "its first episode" if first == "policy" else "a first episode of random actions"
 
@@ -298,7 +298,7 @@ def test_in_words(first):
     known = {"optimum": "9.00", "teacher_return": "8.00"}
     assert words("all", np.arange(8.0), **known) == f"{perfect} every episode"
     assert words("last", np.arange(8.0), **known) == f"{perfect} the last episode"
-    hotter = f"{perfect} the last episode and searches at the same temperature"
+    hotter = f"{perfect} the last episode and draws at the same temperature"
     assert words("last", np.arange(8.0), hot, **known) == hotter
     assert words(**known) == "The ceiling here is 9.00, the optimum"
     assert words(teacher_return="8.00") == "The teachers reach 8.00"

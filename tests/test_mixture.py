@@ -143,6 +143,20 @@ def test_the_number_u_is_looked_up_in_the_cumulative_weights():
         assert which(policy.sample(torch.tensor([number]), torch.zeros(1, 2))).item() == k
 
 
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_a_temperature_sharpens_or_flattens_the_weights(temperature):
+    """w_k to the power of 1/T, normalised; means and deviations stay."""
+    n = 40_000
+    policy = policy_of(temperature=temperature)
+    policy.begin([], n)
+    actions = policy.action(head_of(n))
+    power, drawn = torch.tensor(WEIGHTS) ** (1 / temperature), which(actions)
+    assert_close(drawn.bincount(minlength=3) / n, power / power.sum(), atol=0.012, rtol=0)
+    for k, mean in enumerate(MEANS):
+        near(actions[drawn == k].mean(0), torch.tensor(mean), atol=0.01)
+        near(actions[drawn == k].std(0), torch.full((2,), 0.08), atol=0.01)
+
+
 @pytest.mark.parametrize("layout", ["ad", "last"])
 def test_a_component_stays_for_an_episode_or_is_drawn_at_every_step(layout):
     rows, steps = 3000, 4
@@ -352,10 +366,10 @@ def test_a_run_stops_continues_and_is_played(
         other = command(point_config, whole, backbone, **MIXED | {"components": 2}, resume=True)
         assert "components 3 -> 2" in run("train.py", other, monkeypatch, capsys).error
         argv = [str(whole), "--backbone", backbone, "--component-every", "episode"]
-        argv += ["--spread", "0.5", "--noise", "0.1"]
+        argv += ["--spread", "0.5", "--noise", "0.1", "--temperature", "0.5"]
         ended = run("evaluate.py", argv, monkeypatch, capsys)
     assert ended.code == 0, ended.err
-    assert list(whole.glob("test-sample-each-episode-spread0.5-noise0.1*.csv"))
+    assert list(whole.glob("test-sample-t0.5-each-episode-spread0.5-noise0.1*.csv"))
 
 
 def test_a_run_older_than_the_settings_is_read_and_continued(

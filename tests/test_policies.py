@@ -10,7 +10,8 @@ from toys import GRID, PLANE, method
 
 from ad import ADBatch
 from config import Play
-from policies import check_play, choose, flatten
+from models import ModelSettings
+from policies import check_play, choose
 from support.settings import check_types
 
 
@@ -74,39 +75,30 @@ def test_noise_has_its_deviation_around_the_mean_action(layout):
 def test_impossible_noise_is_refused(noise, named):
     with pytest.raises(ValueError, match=named) as error:
         check_types(Play(noise=noise))
-        check_play(Play(noise=noise), GRID)
+        check_play(ModelSettings(), Play(noise=noise), GRID)
     assert "\n" not in str(error.value)
-    check_play(Play(noise=0.1), PLANE)
-    check_play(Play(noise=0.0), GRID)
+    check_play(ModelSettings(), Play(noise=0.1), PLANE)
+    check_play(ModelSettings(), Play(noise=0.0), GRID)
     with pytest.raises(ValueError, match="continuous actions"):  # also where a policy is made
         method("ad", GRID).policy(method("ad", GRID, noise=0.1).cfg.play)
 
 
-# ----------------------------------------------------------------------------- --search-temperature
-def test_flat_logits_are_a_power_of_the_probabilities():
-    """p to the power of 1/T, normalised, in the rows that search; the others as they were."""
-    logits = torch.tensor([[2.0, 0.0, -torch.inf], [2.0, 0.0, -torch.inf]])
-    flat = flatten(logits, torch.tensor([True, False]), 4.0).softmax(-1)
-    power = logits[0].softmax(-1) ** 0.25
-    torch.testing.assert_close(flat[0], power / power.sum())
-    torch.testing.assert_close(flat[1], logits[1].softmax(-1))
-    assert flat[0, 2] == 0  # an action that is never right stays one
-
-
+# ------------------------------------------------------------------ --temperature, --actions search
 @pytest.mark.parametrize("actions", ["sample", "search"])
 @pytest.mark.parametrize("layout", ["ad", "first", "last"])
-def test_who_has_read_no_reward_that_differs_plays_flatter(layout, actions):
-    """The others are drawn as they are, or (search) take the likeliest action."""
+def test_draws_follow_p_to_the_power_of_one_over_the_temperature(layout, actions):
+    """All of them, or (search) of those alone who have read no reward that differs from another."""
     rows, temperature = 8000, 4.0
-    tiny = method(layout, GRID, search_temperature=temperature, actions=actions)
+    tiny = method(layout, GRID, temperature=temperature, actions=actions)
     policy = tiny.policy(tiny.cfg.play)
     prompt = toys.draw(tiny.model, rows=rows, steps=toys.T).prompt
     prompt.rewards = torch.zeros(rows, toys.T)
     prompt.rewards[rows // 2 :, 1] = 1.0
     policy.begin([prompt], rows)
-    logits = torch.tensor([[2.0, 0.0, -1.0]]).expand(rows, 3)
+    logits = torch.tensor([[2.0, 0.0, -torch.inf]]).expand(rows, 3)
     taken = policy.action(logits).view(2, -1)
-    want = torch.stack([logits[0] / temperature, logits[0]]).softmax(-1)
+    power = logits[0].softmax(-1) ** (1 / temperature)  # what is never right stays so: 0
+    want = (power / power.sum()).repeat(2, 1)
     if actions == "search":
         want[1] = torch.tensor([1.0, 0.0, 0.0])
     for half, probability in zip(taken, want, strict=True):
@@ -116,7 +108,7 @@ def test_who_has_read_no_reward_that_differs_plays_flatter(layout, actions):
 
 @pytest.mark.parametrize("memory", ["last", "all"])
 def test_a_search_begins_anew_where_the_reward_is_forgotten(memory):
-    tiny = method("last", GRID, search_temperature=2.0, prompt=memory)
+    tiny = method("last", GRID, prompt=memory)
     policy = tiny.policy(tiny.cfg.play)
     found, nothing = (toys.draw(tiny.model, rows=2, steps=toys.T).prompt for _ in range(2))
     found.rewards = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -133,7 +125,7 @@ def test_a_search_begins_anew_where_the_reward_is_forgotten(memory):
 @pytest.mark.parametrize("layout, reads", [("ad", True), ("last", False)])
 def test_ad_reads_the_rewards_of_the_running_episode(layout, reads):
     """DPT's prompt is frozen during an episode: what it does not read it goes on searching for."""
-    tiny = method(layout, GRID, search_temperature=2.0)
+    tiny = method(layout, GRID)
     policy = tiny.policy(tiny.cfg.play)
     policy.begin([], 2)
     states = torch.zeros(2, 2, dtype=torch.int64)
@@ -143,10 +135,12 @@ def test_ad_reads_the_rewards_of_the_running_episode(layout, reads):
         assert policy.searching().tolist() == searches
 
 
-def test_a_search_temperature_is_for_discrete_actions():
-    check_play(Play(search_temperature=4.0), GRID)
-    check_play(Play(search_temperature=1.0), PLANE)
-    with pytest.raises(ValueError, match="--search-temperature is for discrete actions"):
-        check_play(Play(search_temperature=4.0), PLANE)
-    with pytest.raises(ValueError, match="--search-temperature 0"):
-        check_types(Play(search_temperature=0.0))
+def test_a_temperature_is_for_what_is_drawn():
+    network, mixed = ModelSettings(), ModelSettings(components=2)
+    check_play(network, Play(temperature=4.0), GRID)
+    check_play(network, Play(temperature=1.0), PLANE)
+    check_play(mixed, Play(temperature=4.0), PLANE)
+    with pytest.raises(ValueError, match="--temperature is for what is drawn"):
+        check_play(network, Play(temperature=4.0), PLANE)
+    with pytest.raises(ValueError, match="--temperature 0"):
+        check_types(Play(temperature=0.0))

@@ -218,7 +218,7 @@ def test_flatter_draws_search_better(memory):
     """The mean of all goals' actions leads to the middle; what was found is played as before."""
     played = []
     for temperature in (1.0, 4.0):
-        policy = ExactPosterior(memory, search_temperature=temperature)
+        policy = ExactPosterior(memory, temperature=temperature)
         played.append(play("darkroom", CELLS.tolist() * 3, policy, 12)[:, 1:])  # (300, 11)
     found = [(returns > 0).any(1).mean() for returns in played]
     assert found[1] > found[0] + 0.05
