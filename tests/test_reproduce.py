@@ -39,7 +39,7 @@ def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
     data = {name: getattr(tiny_config.data, name) for name in ("tasks", "datasets", "recipe")}
     data |= {"data_episodes": 10, "data_queries": 50, "eval_every": 0, "queries": 4}
     small = {name: value for name, value in SMALL.items() if name not in RUN} | data
-    small |= {"steps": 3, "episodes": 2}
+    small |= {"steps": 3, "episodes": 2, "actions": "sample", "temperature": 1.0}
     line = ["table1", "--envs", "darkroom", "--backbones", "dpt", "--preset", "cpu"]
     line += ["--variants", "T2MIR", "--repeats", "2", "--trial", "0", "--jobs", "1", "--set"]
     return line + [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in small.items()]
@@ -100,9 +100,9 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
     (row,) = table(results)
     assert (row["seeds"], row["tasks"], row["repeats"], row["steps"]) == ("0 1", "4", "2", "150")
     assert (row["paper"], row["paper_pm"], row["difference"]) == ("78.3", "1.4", "")
-    with open(results / f"{stopped}-test-search-t4-last.csv", newline="") as file:
+    with open(results / f"{stopped}-test-sample-last.csv", newline="") as file:
         returns = [float(line["return"]) for line in csv.DictReader(file)]
-    with open(results / f"{done}-test-search-t4-last.csv", newline="") as file:
+    with open(results / f"{done}-test-sample-last.csv", newline="") as file:
         returns += [float(line["return"]) for line in csv.DictReader(file)]
     assert len(returns) == 2 * 4 * 2 * 2  # seeds, tasks, repeats, episodes
     assert float(row["mean"]) == pytest.approx(np.mean(returns), rel=1e-4)
