@@ -170,12 +170,13 @@ def evaluate_run(cfg: Evaluation) -> dict:
 def variant(method: Method, cfg: Evaluation) -> str:
     """How it was played, for file names: made of checked values alone."""
     settings, own = cfg.play, method.cfg.play
-    if method.family.discrete_actions:  # sampled or greedy
+    mixed = bool(components_of(method.cfg.model))
+    if method.family.discrete_actions or mixed:  # drawn, or the likeliest
         parts = [settings.actions]
-        heat = settings.temperature
-        parts += [f"t{heat:g}"] * (heat != 1 and settings.actions != "greedy")
-    elif components_of(method.cfg.model):
-        parts = play_name(settings) + [f"noise{settings.noise:g}"] * bool(settings.noise)
+        if settings.actions != "greedy":
+            parts += [f"t{settings.temperature:g}"] * (settings.temperature != 1)
+            parts += play_name(settings) * mixed
+        parts += [f"noise{settings.noise:g}"] * bool(settings.noise)
     else:  # continuous ones are the mean, or noise is added to it
         parts = [f"noise{settings.noise:g}" if settings.noise else "mean"]
     parts += method.play_name(settings)

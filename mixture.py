@@ -139,8 +139,5 @@ def check_mixture(model: Any, play: Play, family: Family) -> None:
 
 
 def play_name(play: Play) -> list[str]:
-    """How a mixture was played, for file names."""
-    if play.actions == "greedy":
-        return ["greedy"]
-    heat = [f"t{play.temperature:g}"] * (play.temperature != 1)
-    return [play.actions, *heat, f"each-{play.component_every}", f"spread{play.spread:g}"]
+    """How a mixture was drawn from, for file names."""
+    return [f"each-{play.component_every}", f"spread{play.spread:g}"]

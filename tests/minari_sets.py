@@ -1,6 +1,7 @@
 """minari_sets.py: datasets that the tests of Minari's format read.
 
-Skips a file of tests that imports it where Minari is not installed.
+Skips a file of tests that imports it where Minari is not installed. Its fixtures are taken over by
+name: `root = minari_sets.root`.
 """
 
 import copy
@@ -29,8 +30,10 @@ GOALS = {"train": [[0.5, -0.25], [0.1, 0.9], [-1.0, 0.3333]], "test": [[0.0, 0.0
 E, Q, T = 4, 6, 20
 
 
-def point_dataset(base):
+@pytest.fixture(scope="module")
+def point_folder(tmp_path_factory):
     """A point-robot dataset as collect.py writes one, without teachers: any float32 at all."""
+    base = tmp_path_factory.mktemp("point")
     (base / "tasks.json").write_text(json.dumps(GOALS))
     chosen = Data(env="point-robot", quality="medium", data_episodes=E, data_queries=Q)
     folder, hashes = base / "data", []
@@ -59,8 +62,10 @@ def point_dataset(base):
     return folder
 
 
-def exported(root, point_folder, paper_folder):
-    """Minari's root with both datasets."""
+@pytest.fixture(scope="module")
+def root(point_folder, paper_folder, tmp_path_factory):
+    """Minari's root with both datasets; tests only read it."""
+    root = tmp_path_factory.mktemp("minari")
     assert export_minari(paper_folder, root) == [
         f"t2mir/darkroom-mixed/task-{i:03d}-v0" for i in range(8)
     ]
@@ -120,10 +125,10 @@ def tasks_file(folder, **changes):
     return folder / "tasks.json"
 
 
-def made_elsewhere(tmp_path, monkeypatch):
-    """Two tasks of 3 and 5 episodes."""
+def make_elsewhere(make, tmp_path, monkeypatch):
+    """Two tasks of 3 and 5 episodes, by with_collector or with_buffers."""
     for i, count in enumerate((3, 5)):
-        with_buffers(
+        make(
             tmp_path / "minari",
             monkeypatch,
             f"made/elsewhere-{i}-v0",
@@ -132,6 +137,11 @@ def made_elsewhere(tmp_path, monkeypatch):
         )
     tasks_file(tmp_path)
     return tmp_path / "minari"
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    return make_elsewhere(with_buffers, tmp_path, monkeypatch)
 
 
 def refused(tmp_path, message, function, *args, **options):

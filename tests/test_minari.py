@@ -6,6 +6,7 @@ Run: pytest tests/test_minari.py    DataCollector's test also wants jax: pip ins
 import json
 import warnings
 
+import minari_sets
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,9 @@ from minari_sets import (
     GOALS,
     E,
     T,
-    exported,
-    made_elsewhere,
+    make_elsewhere,
     minari,
     named,
-    point,
-    point_dataset,
     refused,
     tasks_file,
     with_buffers,
@@ -33,21 +31,7 @@ from envs import make_env
 from support.files import save_arrays, save_json
 from tools.minari_io import export_minari, import_minari
 
-
-@pytest.fixture(scope="module")
-def point_folder(tmp_path_factory):
-    return point_dataset(tmp_path_factory.mktemp("point"))
-
-
-@pytest.fixture(scope="module")
-def root(point_folder, paper_folder, tmp_path_factory):
-    """Tests only read it."""
-    return exported(tmp_path_factory.mktemp("minari"), point_folder, paper_folder)
-
-
-@pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    return made_elsewhere(tmp_path, monkeypatch)
+point_folder, root = minari_sets.point_folder, minari_sets.root
 
 
 # ----------------------------------------------------------------------------------- there and back
@@ -218,14 +202,7 @@ def test_foreign_datasets(make, tmp_path, monkeypatch, capsys):
         pytest.importorskip(
             "jax", reason="Minari's DataCollector wants jax: pip install 'minari[create]'"
         )
-    for i, count in enumerate((3, 5)):
-        make(
-            tmp_path / "minari",
-            monkeypatch,
-            f"made/elsewhere-{i}-v0",
-            point(GOALS["train"][i]),
-            count,
-        )
+    make_elsewhere(make, tmp_path, monkeypatch)
     folders = [tmp_path / name for name in ("data", "same", "other")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         import_minari(

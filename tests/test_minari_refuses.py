@@ -9,16 +9,14 @@ import shutil
 import sys
 
 import gymnasium as gym
+import minari_sets
 import numpy as np
 import pytest
 from commands import contents, run
 from minari_sets import (
     GOALS,
     T,
-    exported,
-    made_elsewhere,
     point,
-    point_dataset,
     refused,
     tasks_file,
     with_buffers,
@@ -29,21 +27,7 @@ from data import part_name
 from support.files import save_arrays
 from tools.minari_io import export_minari, import_minari
 
-
-@pytest.fixture(scope="module")
-def point_folder(tmp_path_factory):
-    return point_dataset(tmp_path_factory.mktemp("point"))
-
-
-@pytest.fixture(scope="module")
-def root(point_folder, paper_folder, tmp_path_factory):
-    """Tests only read it."""
-    return exported(tmp_path_factory.mktemp("minari"), point_folder, paper_folder)
-
-
-@pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    return made_elsewhere(tmp_path, monkeypatch)
+point_folder, root, foreign = minari_sets.point_folder, minari_sets.root, minari_sets.foreign
 
 
 @pytest.mark.parametrize("missing", ["minari", "h5py"])
