@@ -117,11 +117,11 @@ _CPU_SHARED = dict(
     w_importance=0.1, w_load=0.1, optimizer="muon", muon_scale=4.0, warmup=50, lr=2e-3, beta2=0.98,
     checkpoint_every=100, log_every=25, eval_every=400,
 )
-# history: as many finished episodes as a training context has before its last one. short and empty:
-# at test time the prompt is first empty, then short, and the query must have seen such prompts.
+# history: as many finished episodes as a training context has before its last one. empty: at test
+# time the first prompt is empty, and the query must have seen such prompts.
 CPU_SHARED = {
     "ad": _CPU_SHARED | dict(history=3),
-    "dpt": _CPU_SHARED | dict(query_position="last", short=0.2, empty=0.1),
+    "dpt": _CPU_SHARED | dict(query_position="last", empty=0.1),
 }
 # Long episodes (100 or 200 steps of a continuous family) make long rows, hence fewer of them.
 # task_balance: without it a task expert dies here.
@@ -135,7 +135,7 @@ _CPU_SAC_AD = dict(
     prompt_length=400, history=1, eval_every=250, task_balance=0.003,
 )
 _CPU_SAC_DPT = dict(
-    recipe="explore", steps=600, batch=16, queries=32, episodes=10, eval_every=500,
+    recipe="explore", steps=600, batch=16, queries=32, short=0.2, episodes=10, eval_every=500,
     task_balance=0.003,
 )
 # Without a reward draws of all goals' mean action stay in the middle of the room: flatter ones
@@ -187,7 +187,7 @@ CPU = {
 # a family of the user's
 CPU_OWN = {
     "ad": dict(steps=1000, batch=16, episodes=20),
-    "dpt": dict(steps=1000, batch=16, queries=32, episodes=20),
+    "dpt": dict(steps=1000, batch=16, queries=32, short=0.2, episodes=20),
 }
 # fmt: on
 
