@@ -1,5 +1,6 @@
 """commands.py: how tests run jobs and scripts, and look at the files that these leave."""
 
+import csv
 import hashlib
 import json
 import os
@@ -154,3 +155,9 @@ def contents(folder) -> dict:
         for path in Path(folder).rglob("*")
         if path.is_file()
     }
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of the table that reproduce.py made."""
+    with open(folder / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
