@@ -284,7 +284,7 @@ def test_without_components_nothing_is_drawn_and_nothing_has_changed(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_play_is_what_the_full_pass_says(layout):
-    """Greedily, as the squared error's play is tested: test_ad.py and test_dpt.py."""
+    """Greedily, as the squared error's play is tested: test_ad.py, test_dpt_plays.py."""
     tiny = toys.point_method(layout, components=3, actions="greedy")
     episode = toys.play_points(tiny, episodes=1)[0]
     if layout == "ad":
