@@ -38,6 +38,7 @@ from mixture import is_mixture, mixture
 from models import T2MIR, ModelSettings, Output
 from moe import View
 from policies import ModelPolicy, concatenate
+from router import full_precision
 
 
 @dataclass
@@ -76,7 +77,7 @@ def eq10_imitation_loss(action: Tensor, target: Tensor, discrete: bool) -> Tenso
     mixture: its negative log-likelihood (mixture.py). In float32 also under autocast.
     """
     # A loss sums many small numbers: bfloat16, with 8 bits of precision, would lose most of them.
-    with torch.autocast(action.device.type, enabled=False):
+    with full_precision(action):
         if discrete:  # rows and predictions in one: (B*R, A) against (B*R,)
             return F.cross_entropy(action.flatten(0, 1).float(), target.flatten())
         da = target.shape[-1]
@@ -220,7 +221,7 @@ class ADPolicy(ModelPolicy):
                 self.model.decode(self.model.embed_prompt(past), self.cache)  # its action: unread
 
     def act(self, states: Tensor) -> Tensor:
-        """Line 6: a_t from hist_t."""
+        """Line 6: a_t = pi(s_t, R)."""
         rows = len(states)
         # a_t and r_t are yet to come: zeros stand for them and are never read
         step = self._step(states, self.no_actions(rows), torch.zeros(rows))

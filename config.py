@@ -150,7 +150,7 @@ class Training:
     steps: Count = 300_000
     """Training steps (Tables 4, 5)."""
     batch: Rows = 32
-    """B, prompts a step on each process (Algorithms 1, 3)."""
+    """Prompts a step on each process, queries and keys alike (2B of Algorithms 1, 3)."""
     draws: Rows = 2
     """Independent prompts of each task in a batch (Algorithms 1, 3: query and key)."""
     prompt_length: Rows = 100

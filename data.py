@@ -9,8 +9,8 @@ part, and a checksum of itself) and one `task-000.npz` for each training task: p
 pickles. meta.json is written last, so that a folder that has one is complete; loading checks all.
 
 Symbols (paper -> here): D_i -> one task of `Dataset`; D_i^q -> its query_states and query_actions;
-tau -> `Prompt`. Differs from the paper: nothing; it is silent on how states are scaled (below: to
-zero mean and unit deviation, cut at 10) and on how tasks are drawn (below: without repeats).
+tau -> `Prompt`. Differs from the paper: the tasks of a batch are drawn without repeats. It is
+silent on how states are scaled (below: to zero mean and unit deviation, cut at 10).
 Shapes: N tasks, E episodes a task, T steps an episode, M queries a task; L episodes a prompt,
 n = L*T its steps, B rows of a batch; ds, da numbers of a state and of an action. Discrete actions
 are int64 ids without a trailing axis, continuous ones float32 with a trailing da.
@@ -83,14 +83,14 @@ class Dataset:
 
 
 def normalise(states: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Continuous states to zero mean and unit deviation over the training tasks; cells stay.
+    """Continuous states to zero mean and unit deviation over the training tasks.
 
     Within +-10: a number that hardly ever moves (Reach's puck, when the hand meets it) would
     otherwise be a hundred deviations, and drown all others of its token.
     A held-out task is normalised with the same numbers: its own would need its data beforehand, and
     would hide from the network where it differs.
     """
-    return ((states - mean) / std).clamp(-10, 10) if states.is_floating_point() else states
+    return ((states - mean) / std).clamp(-10, 10)
 
 
 # ----------------------------------------------------------------------------------------- loading

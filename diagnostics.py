@@ -3,8 +3,9 @@
 in : a method, a dataset          out: numbers for a row of train.csv
 Read beside train.py.
 
-Nothing here trains. All numbers are on fresh draws, in eval mode (no router noise), with a random
-stream of their own, so that looking does not change a run. Which numbers there are, a method says
+Nothing here trains. All numbers are on new draws of the training data, whose episodes have been
+trained on, in eval mode (no router noise), with a random stream of their own, so that looking does
+not change a run. Which numbers there are, a method says
 (`Method.probe`); here are those that AD and DPT share.
 """
 
@@ -24,7 +25,7 @@ from models import ModelSettings, Output
 @torch.no_grad()
 def probe(method: Method, dataset: Dataset, seed: int, rows: int = 64) -> dict[str, float]:
     """The method's numbers on up to `rows` prompts, two of each task."""
-    # far from the seeds of the batches: what is drawn here is not what is trained on
+    # far from the seeds of the batches: other prompts of the same episodes than those of a step
     rng = torch.Generator().manual_seed(1_000_003 * (seed + 1) % 2**63)
     was_training = method.model.training
     method.model.eval()
@@ -62,7 +63,7 @@ def least_share(kept: Tensor, experts: int) -> float:
 
 def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
     """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the least used
-    expert's share of both MoEs, and Eq. 7 and its accuracy on fresh prompts beside chance.
+    expert's share of both MoEs, and Eq. 7 and its accuracy on new draws beside chance.
     """
     numbers: dict[str, float] = {}
     moe = output.moe
@@ -74,7 +75,8 @@ def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
         numbers["token_least"] = least_share(moe.token_expert, cfg.token_experts)
     if moe.task_expert is not None:
         numbers["task_least"] = least_share(moe.task_expert, cfg.task_experts)
-        # on prompts that no gradient came from: on those of the batch Eq. 7 can be learned by heart
+        # Without noise and on other pairs than a batch's. They are not held out: where a prompt is
+        # one episode (DPT's are mostly), that episode has been a prompt of training too.
         numbers["contrastive_fresh"] = moe.metrics["info_nce"].item()
         numbers["accuracy_fresh"] = moe.metrics["accuracy"].item()
         # one positive among the keys: all other rows, or the other half of the batch

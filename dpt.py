@@ -204,17 +204,17 @@ def with_pools(
     of a state is kept, nor what stands behind it.
     """
     most = min(most, dataset.episodes)  # a folder of --data may have any number
-    returns = dataset.returns[task]  # (B, E)
-    quiet = returns == returns.min(dim=1, keepdim=True).values  # the task's lowest returns
+    rewards = dataset.rewards[task]  # (B, E, T)
+    quiet = rewards.amax(2) == rewards.amin((1, 2))[:, None]  # (B, E): none above the task's lowest
     # places of the largest of E random numbers; all others come behind the quiet ones
-    order = (torch.rand(returns.shape, generator=rng) + quiet).topk(most, dim=1).indices
+    order = (torch.rand(quiet.shape, generator=rng) + quiet).topk(most, dim=1).indices
     count = 1 + (torch.rand(len(task), generator=rng) * most).long()
-    count = torch.minimum(count, quiet.sum(1))
+    count = torch.minimum(count, quiet.sum(1))  # 0: this task has none, and keeps its prompt
     # fewer than `most`: the first ones again, whose steps tell nothing new
-    place = torch.arange(most) % count[:, None]  # (B, most)
+    place = torch.arange(most) % count.clamp_min(1)[:, None]  # (B, most)
     pool = gather_prompt(dataset, task, order.gather(1, place))  # (B, most * T)
     pool = one_step_a_state(pool, dataset.family.state_values or (), prompt.steps)
-    return where(torch.rand(len(task), generator=rng) < 0.5, pool, prompt)
+    return where((torch.rand(len(task), generator=rng) < 0.5) & (count > 0), pool, prompt)
 
 
 def where(chosen: Tensor, one: Prompt, other: Prompt) -> Prompt:

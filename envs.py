@@ -111,7 +111,7 @@ class Family:
     state_units: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     # (states (N, ds), tasks (N, n)) -> actions (N, da) that solve them: one teacher's warm-up
     demonstrate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-    # (memory, seed, temperature) -> the best in-context policy
+    # (memory, seed, temperature, greedy) -> the best in-context policy
     ceiling: Callable[..., Any] | None = None
     divergence: Callable[..., tuple] | None = None  # (prompt, states, log_policy), from that policy
 

@@ -234,9 +234,10 @@ def ceiling(method: Method, policy: Policy, tasks: list, settings: Play) -> np.n
     """
     if method.family.ceiling is None:
         return None
-    # What a policy does not remember it cannot use. It samples, so its returns vary: 20 plays of
+    # What a policy does not remember it cannot use. Where it samples its returns vary: 20 plays of
     # each task.
-    exact = method.family.ceiling(policy.memory, settings.play_seed, settings.temperature)
+    greedy = settings.actions == "greedy"
+    exact = method.family.ceiling(policy.memory, settings.play_seed, settings.temperature, greedy)
     return play(method.cfg.data.env, tasks * 20, exact, settings.episodes, seed=0).mean(0)
 
 
@@ -373,7 +374,9 @@ def in_words(method: Method, policy: Policy, cfg: Evaluation, row: dict, returns
     if returns.ceiling is not None:
         ceiling, reads = returns.ceiling[-LAST:].mean(), READS[policy.memory]
         best = f"The ceiling here is {ceiling:.2f}, of a perfect policy that reads {reads}"
-        if cfg.play.temperature != 1:
+        if cfg.play.actions == "greedy":
+            best += " and takes the likeliest action"
+        elif cfg.play.temperature != 1:
             best += " and draws at the same temperature"
     elif row["optimum"]:
         best = f"The ceiling here is {row['optimum']}, the optimum"

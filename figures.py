@@ -235,7 +235,7 @@ EXPERTS = {"token_least": "token_experts", "task_least": "task_experts"}  # the 
 
 def router_health(runs: list[Run], out: Path) -> list[Drawn]:
     """Routers over training, from train.csv: not in the paper, but the first thing to look at when
-    experts do not specialise. `fresh`: on draws that no gradient came from.
+    experts do not specialise. `fresh`: on new draws of the training data, without noise.
     """
     runs, table, plt = with_experts(runs), [], pyplot()
     logs = [run.log() for run in runs]
@@ -268,7 +268,7 @@ def router_health(runs: list[Run], out: Path) -> list[Drawn]:
     return [
         Drawn(
             stem,
-            "Columns of train.csv; those that end in _fresh: on draws that no gradient came from.",
+            "Columns of train.csv; those that end in _fresh: on new draws of the training data.",
         )
     ]
 

@@ -220,7 +220,8 @@ class Block(nn.Module):
             )
         else:
             # Plain AD and DPT are 1.5 times wider where T2MIR has experts: as many active weights
-            # as the two MoEs. One MoE alone, of the same experts, has 2/3 of them.
+            # as the two MoEs. One MoE alone, of as many hidden units and twice the outputs,
+            # has 2/3 of them.
             hidden = cfg.ff * 3 // 2 if special else cfg.ff
             layers = nn.Linear(cfg.width, hidden), nn.GELU(), nn.Linear(hidden, cfg.width)
             self.ff = nn.Sequential(*layers)

@@ -323,7 +323,8 @@ class MoELayer(nn.Module):
         losses, metrics = {}, {}  # a further loss is one more entry, where it is computed
         halves = []  # y_tok, y_task
         token_expert = task_expert = h_bar = total = None
-        # Not further down: the gradients of h would add up in another order, to other last bits.
+        # Before the token-wise half: autograd adds the two halves' gradients of h in this order, on
+        # which the last bits of a seed's run depend.
         if self.has_task:  # all tokens count in h_bar, also those that nothing reads from here on
             h_bar = H_BAR[self.routing](h, view, past)
             if h_bar.dim() == 3 and read is not None:

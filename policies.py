@@ -17,9 +17,10 @@ themselves there is nothing to choose from. With `--components` (mixture.py) a c
 every step, as the network says, or by one number for all of an episode (`--component-every`), so
 that one way of acting is kept up; then an action around its mean, as wide as `--spread` says.
 Discrete actions are sampled by default: on DarkRoom the arg max of even the exact posterior walks
-to the middle of the room and stays there. `--actions search` draws as long as the context holds no
-reward that differs from another, in other words knows nothing of the task, and then takes the arg
-max, which is what an optimal action is once the task is known. `--temperature` makes draws flatter
+to the middle of the room and stays there. `--actions search` draws as long as the memory (AD's: of
+all episodes, also those that Algorithm 2 has dropped) holds no reward above the lowest that was
+ever met, in other words knows nothing of the task, and then takes the arg max, which is what an
+optimal action is once the task is known. `--temperature` makes draws flatter
 (above 1) or sharper. Flatter where nothing is known: there the optimal actions of many tasks are
 averaged, draws of that mean go to and fro about the middle, and what is far from it is hardly ever
 entered. Sharper with `--components`: what few have done is then tried less often.
@@ -108,12 +109,14 @@ class ModelPolicy:
 
     def begin(self, history: list[Prompt], rows: int) -> None:
         self.exploring = self.play.first == "random" and not history
-        # lowest and highest reward (N,) of what is read: at first of nothing
+        # Lowest reward (N,) of all episodes, highest of those in memory: at first of none. Of all,
+        # since an episode that stays at the goal is paid alike at every step.
         self.low = torch.full((rows,), torch.inf)
         self.high = -self.low
-        read = history[-1:] if self.memory == "last" else history
-        if read:
-            self.read_rewards(torch.cat([episode.rewards for episode in read], 1))
+        for episode in history:
+            self.low = torch.minimum(self.low, episode.rewards.amin(1))
+        for episode in history[-1:] if self.memory == "last" else history:
+            self.read_rewards(episode.rewards)
         # A component may stay the same for an episode: one number a task looks it up at every step.
         stays = self.play.component_every == "episode"
         self.u = torch.rand(rows, generator=self.rng) if stays else None
@@ -127,7 +130,7 @@ class ModelPolicy:
         self.high = torch.maximum(self.high, rewards.amax(1))
 
     def searching(self) -> Tensor:
-        """(N,) bool: where no reward is read yet, or all are alike, which tells of no task."""
+        """(N,) bool: where no reward is known that is above another, which tells of no task."""
         return ~(self.high > self.low)
 
     def greedy(self) -> Tensor:

@@ -12,7 +12,7 @@ follows a step, the method says (methods.py). `train` repeats it; what is logged
 stands in support/journal.py.
 
 Symbols (paper -> here): L(theta), L_balance, w_con * L_contrastive -> the terms of `losses`,
-"imitation", "balance", "contrastive"; B -> `batch` (rows of one process).
+"imitation", "balance", "contrastive"; 2B, B queries and B keys -> `batch` (rows of one process).
 Where the paper is silent: AdamW, a clipped gradient, and warm-up and schedule of the official
 configuration (presets.py).
 """
@@ -97,7 +97,7 @@ def train(method: Method, dataset: Dataset, journal: Journal, signals: Signals) 
     while state.step < steps:
         # from the step's number alone: a resumed run has the rate of the uninterrupted one
         set_learning_rate(method, state.step)
-        batch = draw(method, dataset, state.rng)  # a stream of its own: see `run`
+        batch = draw(method, dataset, state.rng)  # a stream of its own: see below
         try:
             values = training_step(method, batch)
         except ValueError as error:

@@ -136,7 +136,7 @@ def save(folder: Path, state: State) -> None:
     for name, optimizer in method.optimizers.items():
         tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
         moments[name] = len(optimizer.state_dict()["state"])
-    # noise and dropout come from torch's stream, batches from their own (train.py: `run`)
+    # noise and dropout come from torch's stream, batches from their own (`train_and_evaluate`)
     tensors |= {"random.torch": torch.get_rng_state(), "random.batches": state.rng.get_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()

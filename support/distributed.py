@@ -15,6 +15,7 @@ In a single process every function returns what it was given, so that the equati
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,10 @@ def start(device: torch.device) -> torch.device:
     # torchrun tells each process who it is by environment variables.
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first collects, for hours where teachers are trained: torch's own
+    # limit is half an hour.
+    limit = timedelta(days=7)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -191,6 +191,13 @@ def test_pooled_prompts_are_what_a_tasks_quiet_episodes_have_seen():
             assert torch.equal(batch.prompt.actions[row], whole.prompt.actions[row])
     assert seen == {(3,), (7,), (3, 7)}  # of one episode, of both, of no more than there are
     assert pools / rows == pytest.approx(0.5 + 0.5 * 0.2, abs=0.05)  # 2 of 10 by themselves
+    # a task that has none keeps its prompts
+    data.rewards[0, [3, 7], 0] = 1
+    data.rewards[0, :, 1] = 2
+    none, plain = sample(data, rows, 1, 2, pooled=4), sample(data, rows, 1, 2)
+    of_first = none.task == 0
+    assert torch.equal(none.prompt.states[of_first], plain.prompt.states[of_first])
+    assert not torch.equal(none.prompt.states[~of_first], plain.prompt.states[~of_first])
     # more than there are is all there are
     every, more = (sample(data, rows, 1, 2, pooled=n).prompt for n in (data.episodes, 99))
     assert torch.equal(every.states, more.states) and torch.equal(every.rewards, more.rewards)

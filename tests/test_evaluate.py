@@ -28,6 +28,7 @@ from envs import optimal_returns, random_returns
 from evaluate import (
     Evaluation,
     Returns,
+    ceiling,
     evaluate_run,
     in_words,
     play,
@@ -176,6 +177,16 @@ def test_a_seed_repeats_an_evaluation_and_greedy_needs_none(trained, name):
     assert (played("greedy", 3) == played("greedy", 4)).all()
 
 
+def test_the_ceiling_is_played_as_the_policy_is(trained):
+    """Drawn, the exact policy finds the corner; its arg max walks to the middle of the room."""
+    policy, method = policy_of(trained["last"])
+    drawn, best = (
+        ceiling(method, policy, [[9, 9]], Play(episodes=12, actions=actions, temperature=4.0))
+        for actions in ("sample", "greedy")
+    )
+    assert drawn[-1] > 20 and (best == 0).all()
+
+
 # ---------------------------------------------------------------------------------------- reporting
 @pytest.mark.parametrize("name", KINDS)
 def test_an_evaluation_writes_what_was_played(trained, tmp_path, name, capsys):
@@ -283,6 +294,7 @@ def test_in_words(first):
     method = SimpleNamespace(label="T2MIR-AD", try_next="more")
     cfg = Evaluation("", play=Play(first=first))
     hot = Evaluation("", play=Play(first=first, temperature=4.0))
+    best = Evaluation("", play=Play(first=first, temperature=4.0, actions="greedy"))
     facts = {"first_return": "1.00", "last_return": "5.00", "optimum": "", "teacher_return": ""}
     began = "its first episode" if first == "policy" else "a first episode of random actions"
 
@@ -300,6 +312,8 @@ def test_in_words(first):
     assert words("last", np.arange(8.0), **known) == f"{perfect} the last episode"
     hotter = f"{perfect} the last episode and draws at the same temperature"
     assert words("last", np.arange(8.0), hot, **known) == hotter
+    likeliest = f"{perfect} the last episode and takes the likeliest action"
+    assert words("last", np.arange(8.0), best, **known) == likeliest
     assert words(**known) == "The ceiling here is 9.00, the optimum"
     assert words(teacher_return="8.00") == "The teachers reach 8.00"
     assert words() == "The ceiling here is not known"

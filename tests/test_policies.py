@@ -122,6 +122,18 @@ def test_a_search_begins_anew_where_the_reward_is_forgotten(memory):
     assert searches[3] == [True, memory == "last"]
 
 
+@pytest.mark.parametrize("layout", ["ad", "first", "last"])
+def test_an_episode_that_stays_at_the_goal_is_known_by_those_that_did_not(layout):
+    """Its rewards are all alike: without another episode that says nothing."""
+    tiny = method(layout, GRID)
+    policy = tiny.policy(tiny.cfg.play)
+    nothing, stays = (toys.draw(tiny.model, rows=1, steps=toys.T).prompt for _ in range(2))
+    nothing.rewards, stays.rewards = torch.zeros(1, toys.T), torch.ones(1, toys.T)
+    for history, searches in (([stays], True), ([nothing, stays], False), ([nothing] * 2, True)):
+        policy.begin(history, 1)
+        assert policy.searching().tolist() == [searches]
+
+
 @pytest.mark.parametrize("layout, reads", [("ad", True), ("last", False)])
 def test_ad_reads_the_rewards_of_the_running_episode(layout, reads):
     """DPT's prompt is frozen during an episode: what it does not read it goes on searching for."""
