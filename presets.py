@@ -151,7 +151,7 @@ CPU = {
     # Prompts of one episode, the memory that Algorithm 4 has, and three times as many of them.
     ("darkroom", "dpt"): dict(
         recipe="explore", data_episodes=400, prompt_length=100, batch=36, queries=16, steps=900,
-        episodes=40, **_SEARCH,
+        episodes=40, task_balance=0.02, **_SEARCH,
     ),
     # components: AD imitates many behaviours at once and must choose one; their draws also search,
     # where mean actions only repeat the best episodes, which are all that Algorithm 2 keeps.
