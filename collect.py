@@ -33,10 +33,11 @@ import torch
 
 from config import Collection, Teachers
 from data import FORMAT, file_hash, load_part, part_name, read_meta, wrong_with
-from envs import get_family, split_tasks, users_code
+from envs import get_family, split_tasks, try_family
 from support.distributed import resolve_device
 from support.files import (
     Damaged,
+    check_folder,
     need_space,
     only_writer,
     progress,
@@ -46,7 +47,7 @@ from support.files import (
 )
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import check_types, said, short_hash
-from support.user_file import code_of
+from support.user_file import code_of, users_code
 from teachers.ppo import PPOConfig
 from teachers.rollouts import make_part, parts_of
 from teachers.sac import SACConfig
@@ -265,8 +266,10 @@ def check(cfg: Collection) -> None:
     """Raises ValueError with one line for settings that cannot be, before any work."""
     check_types(cfg)  # the bounds in config.py
     check_cluster(cfg.work.cluster)
+    try_family(cfg.data.env)
     teacher_algorithm(cfg)
     resolve_device(cfg.work.teacher_device, "--teacher-device")
+    check_folder("--datasets", cfg.data.datasets)
 
 
 # ------------------------------------------------------------------------------ reference returns

@@ -37,6 +37,7 @@ Threads = Annotated[int, Ge(0), Le(1024)]  # thousands end in a crash of the thr
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Finite = AllowInfNan(False)  # a bound does not keep infinity out, nor may NaN train
 Positive = Annotated[float, Finite, Gt(0)]
+Temperature = Annotated[float, Finite, Ge(1e-3)]  # below, logits over it would overflow
 NotNegative = Annotated[float, Finite, Ge(0)]
 Share = Annotated[float, Finite, Ge(0), Le(1)]
 BelowOne = Annotated[float, Finite, Ge(0), Lt(1)]  # dropout 1 divides by 0, beta 1 never moves
@@ -181,12 +182,12 @@ class Play:
     """Episodes on each task (N of Algorithms 2, 4)."""
     actions: Actions = "sample"
     """How a discrete action, or one of --components, is taken: drawn, or the likeliest one; search:
-    drawn while all rewards that are read are alike, then the likeliest one."""
+    drawn until a reward in memory is above the lowest one met, then the likeliest one."""
     first: First = "policy"
     """Who plays the first episode, which has no context: the policy (paper) or random actions."""
     noise: NotNegative = 0.0
     """Deviation of the Gaussian noise on continuous actions; 0: the mean (paper)."""
-    temperature: Positive = field(default=1.0, metadata={"before": 1.0})
+    temperature: Temperature = field(default=1.0, metadata={"before": 1.0})
     """Of what is drawn, a discrete action or one of --components: its logits over it."""
     component_every: Every = field(default="step", metadata={"before": "step"})
     """With --components: when a component is drawn anew; episode: by one number for all of it."""

@@ -16,8 +16,8 @@ Shape legend: N tasks, ds/da = state_dim/action_dim.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 from annotated_types import MinLen
 
 from support.checked import read_json, validated
-from support.user_file import run_file, users_error
+from support.user_file import check_batch, run_file, users_code
 
 # Families are imported when they are asked for: no simulator loads unless it is played.
 FAMILIES = {
@@ -67,7 +67,8 @@ class Batch(Protocol):
         """Starts an episode: states (N, ds), float32 (whole numbers in a grid)."""
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Actions (N, da) float32 or (N,) ids -> the next states (N, ds), rewards (N,) float32."""
+        """Actions (N, da) float32 or (N,) ids -> the next states (N, ds), a new array each time,
+        and rewards (N,) float32."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Family:
         values, units = self.state_values, self.state_units
         of_state = {len(each) for each in (values, *(units or ())) if each is not None}
         checks = (
-            (all(isinstance(n, int) and n > 0 for n in sizes), "its sizes must be positive"),
+            (re.fullmatch(r"[\w.+-]+", str(self.name)), "its name: letters, digits, . + - _"),
+            (all(isinstance(n, int) and n > 0 for n in sizes), "its sizes: positive whole numbers"),
             (len(self.task_low) == len(self.task_high) > 0, "task_low, task_high: one per number"),
             (all(-np.inf < a <= b < np.inf for a, b in limits), "its limits: finite, low <= high"),
             (functions, "batch and sample_tasks must be functions"),
@@ -176,23 +178,11 @@ def get_family(env: str) -> Family:
     return families.popitem()[1]
 
 
-@contextmanager
-def users_code(env: str) -> Iterator[None]:
-    """Whatever a user's own family raises becomes one line that says where."""
-    try:
-        yield
-    except Exception as error:
-        if not env.endswith(".py"):
-            raise
-        raise users_error(env, "env", error) from error
-
-
 # ------------------------------------------------------------------------------------------ playing
 def make_batch(env: str, tasks, seed: int = 0) -> Batch:
     """N tasks as one environment; `seed`: of the starts. ValueError: the user's is no `Batch`."""
     family = get_family(env)
-    if env.endswith(".py"):
-        _try_batch(env)
+    try_family(env)
     batch = family.batch(tasks, seed)
     batch.family = family
     if not family.can_succeed:
@@ -201,28 +191,15 @@ def make_batch(env: str, tasks, seed: int = 0) -> Batch:
 
 
 @cache
-def _try_batch(env: str) -> None:
-    """Plays a user's family for a step: a wrong shape shows here, not hours later in a network."""
-    family, rng = get_family(env), np.random.default_rng(0)
-    tasks = sample_tasks(env, 1, rng)
-    with users_code(env):
-        batch = family.batch(tasks, 0)
-        start = batch.reset()
-        following, rewards = batch.step(_random_actions(family, 1, rng))
-    if (family.reward or family.lesson) and not hasattr(batch, "outcome"):
-        raise ValueError(f"--env {env}: where a family has a reward, step must set `outcome`")
-    state = (1, family.state_dim), np.int64 if family.state_values else np.float32
-    for name, array, (shape, kind) in (
-        ("reset's states", start, state),
-        ("step's states", following, state),
-        ("step's rewards", rewards, ((1,), np.float32)),
-    ):
-        array = np.asarray(array)
-        if array.shape != shape or array.dtype != kind:
-            raise ValueError(
-                f"--env {env}: {name} of one task must be {np.dtype(kind)} of shape {shape}, "
-                f"not {array.dtype} of shape {array.shape}"
-            )
+def try_family(env: str) -> None:
+    """Plays some tasks of a user's family: what is wrong shows here, not hours later in a network.
+
+    Raises ValueError with one line.
+    """
+    if env.endswith(".py"):
+        family, rng = get_family(env), np.random.default_rng(0)
+        rows = 2 + (family.state_dim == 2)  # or states (ds, N) would have the right shape
+        check_batch(env, family, sample_tasks(env, rows, rng), _random_actions(family, rows, rng))
 
 
 def make_env(env: str, task) -> gym.Env:
@@ -318,14 +295,16 @@ def split_tasks(
         return split
     train, test = train or family.train_tasks, test or family.test_tasks
     if family.split_tasks:
-        return family.split_tasks(seed, train, test)
+        with users_code(env):
+            split = family.split_tasks(seed, train, test)
+        return check_split(env, *split, env)
     trained = sample_tasks(env, train, np.random.default_rng([seed, 0]))
     rng = np.random.default_rng([seed, 1])  # a random stream of their own
     held_out = sample_tasks(env, test, rng)
     # Rounded numbers can meet: what is trained on is not held out, and is drawn again.
     for _ in range(1000):
         if not any(task in trained for task in held_out):
-            return trained, held_out
+            return check_split(env, trained, held_out, env)
         again = sample_tasks(env, test, rng)
         held_out = [b if a in trained else a for a, b in zip(held_out, again, strict=True)]
     raise ValueError(f"{env} has too few different tasks to hold out {test} of them")
@@ -358,7 +337,7 @@ def check_split(env: str, train: list, test: list, where: str) -> tuple[list, li
 def optimal_returns(env: str, tasks) -> np.ndarray | None:
     """Best attainable return of each task (N,) where it is known in closed form, else None."""
     closed_form = get_family(env).optimal_returns
-    return None if closed_form is None else np.asarray(closed_form(tasks))
+    return None if closed_form is None else _of_each_task(closed_form, env, tasks)
 
 
 def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
@@ -367,7 +346,7 @@ def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
     """
     family, rows = get_family(env), [task for task in tasks for _ in range(episodes)]
     if family.random_returns is not None:
-        return np.asarray(family.random_returns(tasks))
+        return _of_each_task(family.random_returns, env, tasks)
     batch = make_batch(env, rows, seed=0)
     # Not the starts' stream: an action would continue in the direction in which its start lies.
     rng = np.random.default_rng(1)
@@ -376,6 +355,14 @@ def random_returns(env: str, tasks, episodes: int = 20) -> np.ndarray:
     for _ in range(family.horizon):
         total += batch.step(_random_actions(family, len(rows), rng))[1]
     return total.reshape(len(tasks), episodes).mean(1)
+
+
+def _of_each_task(returns: Callable[[list], np.ndarray], env: str, tasks) -> np.ndarray:
+    with users_code(env):
+        found = np.asarray(returns(tasks))
+    if found.shape != (len(tasks),):
+        raise ValueError(f"{env}: returns of {len(tasks)} tasks have shape {found.shape}")
+    return found
 
 
 def _random_actions(family: Family, rows: int, rng: np.random.Generator) -> np.ndarray:

@@ -46,6 +46,7 @@ from support import checkpoint
 from support.command_line import one_line, parse_evaluation
 from support.distributed import resolve_device
 from support.files import (
+    check_folder,
     need_memory,
     only_writer,
     progress,
@@ -144,6 +145,7 @@ def evaluate_run(cfg: Evaluation) -> dict:
     if cfg.results is None:
         target, summary = folder, folder.parent / "summary.csv"
     else:
+        check_folder("--results", cfg.results)
         target, summary = Path(cfg.results), Path(cfg.results) / "summary.csv"
         name = f"{folder.resolve().name}-{name}"  # many runs share such a folder
     check_summary(summary)  # before the work: minutes would be lost

@@ -38,6 +38,7 @@ from pictures.page import write_page
 from pictures.routers import has_experts
 from pictures.runs import Drawn, Figures, LeftOut, Run, lines_of, open_runs, stacked
 from support.command_line import one_line, parse_figures
+from support.files import check_folder
 
 
 # ---------------------------------------------------------------------------- return curves: Sec. 5
@@ -295,6 +296,7 @@ def draw(settings: Figures) -> list[Path]:
     if settings.only == "page" and len(runs) > 1:
         raise ValueError("--only page is of one run: name one")
     out = Path(settings.out) if settings.out else runs[0].folder.parent / "figures"
+    check_folder("--out", str(out))
     drawn: dict[str, list[Drawn]] = {}
     for name, function in FIGURES.items():
         if settings.only not in (None, name, "page"):

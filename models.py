@@ -33,7 +33,7 @@ from data import Prompt
 from envs import Family
 from mixture import head_size
 from moe import MoEKind, MoELayer, MoEOutput, Past, TaskRouting, View
-from support.attention import Cache, Dropout, attention, in_stretches
+from support.attention import Cache, attention, in_stretches
 from support.files import need_memory
 
 
@@ -200,7 +200,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
         self.attention = Attention(cfg, place)
-        self.drop = Dropout(cfg.dropout)
+        self.drop = nn.Dropout(cfg.dropout)
         special = place == cfg.moe_block
         self.has_experts = special and cfg.moe != "none"
         if self.has_experts:  # Fig. 2a: the MoEs stand in place of the feed-forward layer
@@ -297,7 +297,7 @@ class T2MIR(nn.Module):
             nn.init.normal_(self.embed_place.weight)
         if cfg.token_shift:
             self.shift = nn.Parameter(torch.full((cfg.width,), 0.5))  # g: at first half of e_{i-1}
-        self.drop = Dropout(cfg.dropout)
+        self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.norm = nn.LayerNorm(cfg.width)  # pre-norm blocks only add: scale their sum
         self.head = nn.Linear(cfg.width, head_size(family, cfg.components))  # App. F: "a linear"

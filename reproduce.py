@@ -35,7 +35,7 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
@@ -51,7 +51,15 @@ from envs import get_family
 from experiments.compare import Cell, as_markdown, make_rows, write_table
 from experiments.paper import Experiment, Times, get_experiment, variants_of
 from experiments.projection import project
-from experiments.runs import NOT_STARTED, Job, check_folder, finished, recorded, steps_done, work
+from experiments.runs import (
+    NOT_STARTED,
+    Job,
+    check_record,
+    finished,
+    recorded,
+    steps_done,
+    work,
+)
 from methods import names
 from support.checkpoint import load_weights
 from support.command_line import (
@@ -64,7 +72,7 @@ from support.command_line import (
     resolve_preset,
 )
 from support.distributed import resolve_device
-from support.files import only_writer
+from support.files import check_folder, only_writer
 from support.jobs import bar_of, check_cluster, run_jobs
 from support.settings import all_before, check_types, counting, flat, short_hash, with_values
 from train import make_method
@@ -323,10 +331,13 @@ def reproduce(command: Reproduction) -> None:
     runs, alone = plan(command)
     deadline = 0.0 if command.minutes is None else begun + 60 * command.minutes
     results, slots = Path(results_of(command)), runs[0].job.slots if runs else 1
-    with only_writer(results):
+    say_alone = command.minutes == 0  # nothing is written
+    with nullcontext() if say_alone else only_writer(results):
         # two variants may come to the same settings: one run, two rows
         todo = {run.job.name: run for run in runs if not finished(run.job)}
         different = {run.job.name for run in runs}
+        for run in todo.values():
+            check_record(run.job)
         print(f"{command.experiment} ({get_experiment(command.experiment).source}):")
         for title, own in groupby(runs, lambda run: title_of(run.cell)):
             done = {run.seed: run.job.name not in todo for run in own}
@@ -337,14 +348,17 @@ def reproduce(command: Reproduction) -> None:
             known = [(title_of(run.cell), run.cfg, steps_done(run.job)) for run in todo.values()]
             # how many cores a cluster has is not known here
             project(known, command.trial, command.repeats, None if command.cluster else slots)
-        if todo:
+        if say_alone:
+            failed = dict.fromkeys(todo, NOT_STARTED)
+        elif todo:
             failed = collect_all(list(todo.values()), command, deadline)
             jobs = [run.job for name, run in todo.items() if name not in failed]
             failed |= run_all([replace(job, deadline=deadline) for job in jobs], command, slots)
-        report(command, results)
+        if not say_alone:
+            report(command, results)
     left = [name for name, why in failed.items() if why == NOT_STARTED]
     if left:
-        again = "the same command" + (" without --minutes" if command.minutes == 0 else "")
+        again = "the same command" + (" without --minutes" if say_alone else "")
         print(f"{len(left)} runs were not started; {again} goes on with them")
     wrong = {name: why for name, why in failed.items() if why != NOT_STARTED}
     for name, why in wrong.items():
@@ -380,7 +394,8 @@ def report(command: Reproduction, results: Path) -> None:
     """The table of what is finished; of an experiment without a finished run there is none."""
     rows = make_rows(finished_cells(command))
     if rows:
-        title = f"{command.experiment}: {get_experiment(command.experiment).source}"
+        how = " ".join([f"preset {resolve_preset(command.preset)}", *command.set])
+        title = f"{command.experiment}: {get_experiment(command.experiment).source}; {how}"
         write_table(results, rows, title)
         print(as_markdown(rows, title))
         print(f"table: {results}/table.md, {results}/table.csv")

@@ -50,7 +50,7 @@ from support.command_line import (
     one_line,
     parse_config,
 )
-from support.files import only_writer
+from support.files import check_folder, only_writer
 from support.journal import Journal
 from support.stop import Signals
 
@@ -183,6 +183,7 @@ def open_run(cfg: Config) -> tuple[Path, bool]:
     folder = Path(cfg.run.run or default_folder(cfg))
     # an empty folder was perhaps made for this run; anything else in it must be a run
     if not folder.exists():
+        check_folder("--run", str(folder))
         return folder, False
     if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
         return folder, False  # a lock alone: it was stopped before it wrote anything
@@ -196,7 +197,8 @@ def open_run(cfg: Config) -> tuple[Path, bool]:
     changed = changed_settings(old, cfg)
     if changed:
         raise ValueError(
-            f"{folder} was started with other settings ({', '.join(changed)}): choose another --run"
+            f"{folder} was started with other settings ({', '.join(changed)}): repeat "
+            "the flags of its first command, or choose another --run"
         )
     return folder, True
 
@@ -215,8 +217,9 @@ def run(cfg: Config) -> None:
         threads = torch.get_num_threads()
         print(f"preset {cfg.preset} on {device}, {threads} threads, run in {folder}")
         print("departs from the paper preset in " + ("; ".join(differences(cfg)) or "nothing"))
-    if cfg.training.init and not continued:  # refused now rather than after collecting
-        checkpoint.load_weights(cfg.training.init, make_method(cfg, device))
+    first = make_method(cfg, device)  # what is wrong with it shows now, not after collecting
+    if cfg.training.init and not continued:
+        checkpoint.load_weights(cfg.training.init, first)
     dataset = get_data(cfg)
     # One writer a run, until it is evaluated: a second one would mix its rows with these.
     with only_writer(folder) if chief else contextlib.nullcontext():

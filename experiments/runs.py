@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from support import checkpoint, jobs
 from support.files import load_json, only_writer, save_json
+from support.settings import flat
 
 FORMAT = 1  # of a record; raised when its meaning changes
 PROJECT = Path(__file__).resolve().parents[1]
@@ -84,9 +85,32 @@ def finished(job: Job) -> bool:
         record = read_record(job.record)
     except ValueError:
         return False
-    known = job.older | record["settings"]  # a setting that came later says what was done before
-    same = known == _plain(job.settings) and record["repeats"] == job.repeats
+    same = not other_settings(job, record["settings"]) and record["repeats"] == job.repeats
     return same and (job.record.parent / record["csv"]).exists()
+
+
+def other_settings(job: Job, found: dict[str, Any]) -> list[str]:
+    """'name found -> wanted' for what is not as this job has it."""
+    known = job.older | found  # a setting that came later says what was done before
+    wanted = _plain(job.settings)
+    return [
+        f"{name} {known.get(name)} -> {wanted.get(name)}"
+        for name in sorted(known.keys() | wanted.keys())
+        if known.get(name) != wanted.get(name)
+    ]
+
+
+def check_record(job: Job) -> None:
+    """Raises ValueError with one line for a finished run of the same name, but other settings."""
+    try:
+        record = read_record(job.record)
+    except ValueError:
+        return
+    if changed := other_settings(job, record["settings"]):
+        raise ValueError(
+            f"{job.record} is of other settings ({', '.join(changed)}), perhaps of an older "
+            "preset: name another --results, or move it away"
+        )
 
 
 def recorded(results: Path) -> dict[tuple[str, str], set[int]]:
@@ -99,14 +123,6 @@ def recorded(results: Path) -> dict[tuple[str, str], set[int]]:
             continue
         found.setdefault((settings["env"], settings["backbone"]), set()).add(settings["seed"])
     return found
-
-
-def check_folder(flag: str, folder: str) -> None:
-    """Raises ValueError with one line for a folder that is not there and cannot be made."""
-    path = Path(folder).absolute()
-    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {folder}: {there} is no folder that can be written to")
 
 
 def steps_done(job: Job) -> int:
@@ -155,10 +171,23 @@ def work(job: Job, alive: Callable[[], None]) -> str:
 
 
 def _is_trained(job: Job) -> bool:
+    """Raises ValueError for a run of other settings: train.py, which says so too, is not asked."""
     try:
-        return checkpoint.read(job.folder)[1].step >= job.steps
+        done = checkpoint.read(job.folder)[1].step >= job.steps
     except ValueError:
         return False  # none yet; of a damaged one train.py says what is wrong with it
+    if not done:
+        return False
+    files = {name: job.settings[name] for name in ("env", "backbone")}
+    cfg = checkpoint.load_config(job.folder, **files)
+    # how it plays is the evaluation's: it may be another
+    found = {k: v for k, v in _plain(flat(cfg)).items() if k in job.settings}
+    if changed := other_settings(job, found | _plain({k: job.settings[k] for k in flat(cfg.play)})):
+        raise ValueError(
+            f"{job.folder} was trained with other settings ({', '.join(changed)}), perhaps of an "
+            "older preset: name another --runs, or move it away"
+        )
+    return True
 
 
 @contextmanager

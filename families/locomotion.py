@@ -14,7 +14,7 @@ Walker-Param    Walker2d that runs on after a fall; a task is 65 exponents u in 
 
 The batched environments step N tasks with one call of `mujoco.rollout`, MuJoCo's own batch stepper:
 states are rows of one array, so that a thousand copies cost no more than their numbers.
-tools/bench.py compares it with a plain loop, threads and processes.
+tools/bench.py compares it with a plain loop and with threads.
 
 Symbols: qpos, qvel = MuJoCo's generalised positions and velocities (nq = nv = 9 numbers of both
 robots), v_x velocity along x, a action. Shapes: N rows (tasks), ds numbers of a state.

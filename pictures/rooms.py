@@ -1,6 +1,6 @@
 """rooms.py: a run at play, drawn: the first, a middle and the last episode on held-out tasks.
 
-in : a finished run          out: a PNG, or None where nothing can be drawn
+in : a finished run          out: a figure, or None where nothing can be drawn
 Read beside page.py. Only families whose state is a place in the plane are drawn here: DarkRoom,
 with the exact posterior's belief beside (families/posterior.py), and Point-Robot.
 

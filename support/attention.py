@@ -1,4 +1,4 @@
-"""attention.py: softmax attention, what decoding remembers for it, and dropout, fast on any device.
+"""attention.py: softmax attention, and what decoding remembers for it, fast on any device.
 
 in : queries, keys and values (B, H, S, d)          out: what each query reads (B, H, S, d)
 Nothing here is of the paper but its "Flash Attention" (Sec. 4.3): models.py says which tokens see
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 try:  # optional, CUDA only ("Flash Attention" [63] of Sec. 4.3 and App. F)
     from flash_attn import flash_attn_func
@@ -88,20 +88,3 @@ class Cache:
                 side[block] = bigger
             side[block][:, :, self.length : end] = new
         return self.k[block][:, :, :end], self.v[block][:, :, :end]
-
-
-class Dropout(nn.Dropout):
-    """torch's; on the CPU, where one thread draws the random numbers, with 16 bits each instead
-    of 64, which saves a twentieth of a training step. p is rounded to a multiple of 2^-16.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input  # torch's name of it
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return super().forward(x)
-        # one word of 64 bits has the random numbers of four places
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values, so many drop
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        # what is kept is scaled up, so that the mean is that of eval mode
-        return x * (keep.to(x.dtype) * (2**16 / (2**16 - dropped)))

@@ -197,8 +197,11 @@ def _fill(method: Method, tensors: dict[str, Tensor], folder: str | Path) -> Non
 
 
 def load_weights(folder: str | Path, method: Method) -> None:
-    """The weights of another run into a model. Raises ValueError when they do not fit."""
-    _fill(method, read(folder)[0], folder)
+    """The weights of another run (--init) into a model. ValueError when they do not fit."""
+    try:
+        _fill(method, read(folder)[0], folder)
+    except ValueError as error:
+        raise ValueError(f"--init: {error}") from None
 
 
 def load(folder: str | Path, state: State) -> None:

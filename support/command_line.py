@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch.distributed import DistError
 
 import presets
 from config import Collection, Config, Data, Play, Preset, Teachers, Text, Work
-from envs import FAMILIES, get_family
+from envs import FAMILIES, get_family, try_family
 from methods import get_method, names
 from policies import check_play
 from support import distributed
@@ -107,14 +109,27 @@ def parse_config(argv: list[str] | None = None) -> Config:
     default = preset_config(chosen.preset, chosen.env, chosen.backbone)
     known = f"environments: {', '.join(FAMILIES)}; backbones: {', '.join(names())}"
     cfg = replace(cli(default, argv, known), preset=chosen.preset)  # what `auto` came to is kept
-    check(cfg)
+    try:
+        check(cfg)
+    except ValueError as error:
+        raise ValueError(f"{error}{of_preset(str(error), argv, default)}") from error
     return cfg
+
+
+def of_preset(error: str, argv: list[str], preset: Config) -> str:
+    """What to add to an error about flags that nobody typed: the preset's values of them."""
+    typed, values = {word.partition("=")[0] for word in argv}, flat(preset)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    named = dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*", error))
+    silent = [f"{flag} {flags[flag]}" for flag in named if flag in flags and flag not in typed]
+    return f" (of the preset: {', '.join(silent)})" if typed and silent else ""
 
 
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot be, alone or together."""
     check_types(cfg)
     training, data, family = cfg.training, cfg.data, get_family(cfg.data.env)
+    try_family(data.env)
     if training.batch % training.draws:
         raise ValueError(f"--batch {training.batch} is not a multiple of --draws {training.draws}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's: --batch is of each
@@ -250,7 +265,8 @@ def parse_collection(argv: list[str] | None = None) -> tuple[Collection, str | N
 def one_line(main: Callable[[], object], when_stopped: str) -> None:
     """Run a script; what a user can mend, Ctrl-C and a polite kill end it with one line.
 
-    Anything else is a bug, and its traceback is wanted. Exit codes: 1, 130, 143.
+    Anything else is a bug, and its traceback is wanted; that of all errors where the environment
+    has T2MIR_TRACEBACK. Exit codes: 1, 130, 143.
     """
     try:
         # into a file or a pipe, too, each line as it comes
@@ -264,6 +280,8 @@ def one_line(main: Callable[[], object], when_stopped: str) -> None:
     except (Exception, KeyboardInterrupt) as error:
         reason = in_one_line(error, when_stopped)
         end_bars()
+        if reason is not None and os.environ.get("T2MIR_TRACEBACK"):
+            traceback.print_exc()
         if reason is None:
             raise
         raise SystemExit(f"error: {reason}") from None

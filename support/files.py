@@ -318,6 +318,14 @@ def only_writer(folder: Path, seconds: float = 0, lock: str = ".lock") -> Iterat
         held.release()
 
 
+def check_folder(flag: str, folder: str) -> None:
+    """Raises ValueError with one line for a folder that is not there and cannot be made."""
+    path = Path(folder).absolute()
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {folder}: {there} is no folder that can be written to")
+
+
 def need_space(folder: Path, size: float) -> None:
     """Raises ValueError with one line when fewer than `size` bytes are free for `folder`."""
     place = Path(folder).absolute()

@@ -77,7 +77,7 @@ class Log:
         if self.path.exists():
             self._rewrite()
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional; checked by main()
+            from torch.utils.tensorboard import SummaryWriter  # optional; checked by train.py
 
             # what lies behind the checkpoint is drawn anew
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)

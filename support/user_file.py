@@ -12,9 +12,14 @@ import importlib.util
 import sys
 import tokenize
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 
 def run_file(file: str, flag: str) -> ModuleType:
@@ -57,3 +62,45 @@ def users_error(file: str, flag: str, error: BaseException) -> ValueError:
     place = f" line {lines[-1]}:" if lines else ""  # a syntax error names its line by itself
     reason = " ".join(str(error).split())
     return ValueError(f"--{flag} {file}:{place} {type(error).__name__}: {reason}")
+
+
+@contextmanager
+def users_code(env: str) -> Iterator[None]:
+    """Whatever a user's own family raises becomes one line that says where."""
+    try:
+        yield
+    except Exception as error:
+        if not env.endswith(".py"):
+            raise
+        raise users_error(env, "env", error) from error
+
+
+def check_batch(env: str, family: Any, tasks: list, actions: np.ndarray) -> None:
+    """Plays a step of N tasks of a user's family. ValueError: the user's is no `envs.Batch`."""
+    rows = len(tasks)
+    with users_code(env):
+        batch = family.batch(tasks, 0)
+        start = batch.reset()
+        before = np.array(start)
+        following, rewards = batch.step(actions)
+    state = (rows, family.state_dim), np.int64 if family.state_values else np.float32
+    for name, array, (shape, kind) in (
+        ("reset's states", before, state),
+        ("step's states", following, state),
+        ("step's rewards", rewards, ((rows,), np.float32)),
+    ):
+        array = np.asarray(array)
+        if array.shape != shape or array.dtype != kind or not np.isfinite(array).all():
+            raise ValueError(
+                f"--env {env}: {name} of {rows} tasks must be {np.dtype(kind)} of shape {shape} "
+                f"and finite, not {array.dtype} of shape {array.shape}: {str(array.tolist())[:60]}"
+            )
+    if (before != start).any():  # all states of an episode would be its last
+        raise ValueError(f"--env {env}: step must return a new array, not change reset's")
+    if (family.reward or family.lesson) and not hasattr(batch, "outcome"):
+        raise ValueError(f"--env {env}: where a family has a reward, step must set `outcome`")
+    if family.reward:
+        with users_code(env):
+            paid = family.reward(batch.outcome, np.asarray(tasks, np.float32))
+        if np.shape(paid) != (rows,) or not np.allclose(paid, rewards, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"--env {env}: reward of step's outcome must be what step has paid")

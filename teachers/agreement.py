@@ -20,6 +20,10 @@ Shapes: N tasks, T steps, ds/da numbers of a state/an action.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should not be a traceback
+    import sys
+
+    if sys.path[0].endswith("teachers"):  # by its path: `teachers` would be teachers.py beside it
+        raise SystemExit("error: python -m teachers.agreement")
     from support.stop import at_once
 
     at_once()

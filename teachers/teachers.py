@@ -1,7 +1,7 @@
 """teachers.py: a policy for each task, trained and measured (App. D.2, Tables 2 and 3).
 
 in : tasks, settings (config.Teachers)          out: checkpoints, and which of them make what
-Read after sac.py, conditioned.py, ppo.py and rollouts.py, before collect.py.
+Read after sac.py, conditioned.py, ppo.py and rollouts.py, which come after collect.py.
 
     teachers/<name>/group-000/step-0000000020.safetensors   policies of a group of tasks, stacked
                               levels.npz                    the measured return of each checkpoint

@@ -124,7 +124,7 @@ def test_a_narrower_command_keeps_the_rows_of_a_wider_one(tmp_path, monkeypatch,
     fake(results, "mine", 0, [[1, 2]] * 6, **facts)
     (results / "note.json").write_text("{}")
 
-    line = ["table1", "--preset", "cpu", "--minutes", "0", "--trial", "0", "--envs"]
+    line = ["table1", "--preset", "cpu", "--minutes", "1e-9", "--trial", "0", "--envs"]
     narrow = [*line, "darkroom", "--backbones", "dpt", "--seeds", "1", "--variants", "plain"]
     with at_home():
         ended = run("reproduce.py", narrow, monkeypatch, capsys)

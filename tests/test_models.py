@@ -18,7 +18,7 @@ from toys import GATES, GRID, LAYOUTS, PLACES, PLANE, N, T, build, cut, draw, me
 from models import ModelSettings
 from moe import Experts, View
 from support import attention as fast
-from support.attention import Dropout, attention, in_stretches
+from support.attention import attention, in_stretches
 from support.settings import check_types
 
 FAMILIES = pytest.mark.parametrize("family", [GRID, PLANE], ids=lambda family: family.name)
@@ -256,24 +256,6 @@ def test_eq10_eq11_read_outs(layout, queries, reads, before, after, family):
     want = seen[0] if family.discrete_actions else seen[0].tanh()  # logits, or in [-1, 1]
     assert torch.equal(output.action, want)
     assert output.modality.tolist() == [3] * before + [0, 1, 2] * N + [3] * after
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999999])
-def test_dropout_drops_that_share_and_keeps_the_mean(p):
-    drop = Dropout(p)
-    torch.manual_seed(0)
-    x = torch.ones(1001, 999, requires_grad=True)  # an odd number of them
-    y = drop(x)
-    share, n = (y == 0).float().mean().item(), x.numel()
-    assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5 + 2**-16
-    scale = pytest.approx(1 / (1 - p), rel=2e-3 if p < 0.9 else 20)
-    assert len(y.unique()) == 2 and y.max().item() == scale
-    assert y.mean().item() == pytest.approx(1.0, abs=4 * (p / max(1 - p, 2**-16) / n) ** 0.5)
-    assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach())  # the same mask and scale
-    # four come from one number
-    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean().item()
-    assert abs(neighbours - share**2) < 0.005
-    assert (drop(x) != y).any() and (drop.eval()(x) == x).all()
 
 
 # ---------------------------------------------------------------------------------- the MoE in it

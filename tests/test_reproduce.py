@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import at_home, contents, run, start, table
+from commands import ROOT, at_home, contents, rewrite, run, start, table
 from tiny import SMALL
 
+from collect import dataset_folder
 from envs import FAMILIES, get_family
 from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
 from experiments.projection import Trial, in_words, project, sizes
-from experiments.runs import _one_gpu, read_record
+from experiments.runs import _one_gpu, other_settings, read_record
 from reproduce import Reproduction, given_settings, plan, run_name
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
@@ -49,15 +50,19 @@ def but(line, *settings) -> list[str]:
     return [word for word in line if word.partition("=")[0] not in others] + list(settings)
 
 
-def names(argv) -> dict[int, str]:
-    """{seed: name} of the runs of a command line."""
+def planned(argv) -> list:
+    """The runs of a command line."""
     found = dict(zip(argv, [*argv[1:], ""], strict=True))
     settings = tuple(itertools.takewhile(lambda word: "=" in word, argv[argv.index("--set") + 1 :]))
     seeds = tuple(map(int, argv[argv.index("--seeds") + 1 :]))
     command = Reproduction(
         "table1", ("darkroom",), (found["--backbones"],), ("T2MIR",), seeds, "cpu", settings
     )
-    return {run.seed: run.job.name for run in plan(command)[0]}
+    return plan(command)[0]
+
+
+def names(argv) -> dict[int, str]:
+    return {run.seed: run.job.name for run in planned(argv)}
 
 
 # ----------------------------------------------------------------------------------- whole commands
@@ -108,13 +113,13 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
 
     # A record that is older than a setting is of what was done before; one without another is not.
     record = results / f"{done}.json"
-    for missing, count in (("task_balance", 2), ("lr", 1)):
+    for missing, said in (("contrast_trunk", "2 runs, 2 finished"), ("lr", "(lr None -> 0.001)")):
         content = read_record(record)
         del content["settings"][missing]
         save_json(record, content)
         with at_home():
-            old = run("reproduce.py", [*both, "--minutes", "0"], monkeypatch, capsys)
-        assert f"2 runs, {count} finished" in old.out, missing
+            old = run("reproduce.py", both, monkeypatch, capsys)
+        assert said in old.out + old.err, missing
 
 
 def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monkeypatch, capsys):
@@ -138,10 +143,58 @@ def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monk
     assert table(results)[0]["seeds"] == "0 1"
 
 
+def test_what_was_run_with_other_settings_is_named_and_kept(tiny, tmp_path, monkeypatch, capsys):
+    """The names of runs say what differs from the preset: of an older preset they are the same."""
+    argv = [*tiny, "--seeds", "0"]
+    with at_home():
+        assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
+    results = tmp_path / "results" / "paper" / "table1"
+    (record,) = results.glob("*.json")
+    rewrite(record, lambda content: content["settings"].update(lr=0.5))
+    before = contents(tmp_path)
+    for more in ([], ["--minutes", "0"]):
+        with at_home():
+            ended = run("reproduce.py", [*argv, *more], monkeypatch, capsys)
+        assert "(lr 0.5 -> 0.001)" in ended.error and "another --results" in ended.error
+        assert contents(tmp_path) == before
+
+    record.unlink()  # the run itself is of other settings
+    config = tmp_path / "runs" / "paper" / names(argv)[0] / "config.json"
+    rewrite(config, lambda content: content["settings"]["training"].update(lr=0.5))
+    with at_home():
+        ended = run("reproduce.py", argv, monkeypatch, capsys)
+    assert ended.code == 1 and "was trained with other settings (lr 0.5 -> 0.001)" in ended.err
+    assert not record.exists()
+
+
+def test_the_results_that_come_along_are_of_todays_presets():
+    """All of them, so that their commands find them finished (results/README.md)."""
+    for folder in sorted((ROOT / "results" / "paper").iterdir()):
+        records = {path.stem: read_record(path)["settings"] for path in folder.glob("*.json")}
+        places = {(found["env"], found["backbone"]) for found in records.values()}
+        seeds = tuple(sorted({found["seed"] for found in records.values()}))
+        for env, backbone in places:
+            runs = plan(
+                Reproduction(
+                    folder.name,
+                    (env,),
+                    (backbone,),
+                    seeds=seeds,
+                    preset="cpu",
+                    results=str(folder),
+                )
+            )[0]
+            for job in (each.job for each in runs):
+                found = records.pop(job.name, None)
+                assert found is None or other_settings(job, found) == [], job.name
+        assert records == {}, f"{folder.name}: no run of today has these names"
+
+
 def test_a_dataset_that_cannot_be_made_fails_its_runs_alone(tiny, tmp_path, monkeypatch, capsys):
-    """The folder of its name holds another dataset."""
+    """Its folder is a file."""
     argv = [*but(tiny, f"datasets={tmp_path / 'data'}"), "--seeds", "0"]
-    (tmp_path / "data").write_text("no folder")
+    (tmp_path / "data").mkdir()
+    dataset_folder(planned(argv)[0].cfg.collection).write_text("no folder")
     with at_home():
         ended = run("reproduce.py", argv, monkeypatch, capsys)
     assert ended.code == 1 and f"failed: {names(argv)[0]}: " in ended.err

@@ -58,6 +58,18 @@ CART = Family("cart", horizon=30, state_dim=2, action_dim=1, train_tasks=20, tes
               task_low=(-1.0, 0.1), task_high=(1.0, 0.5), batch=Carts, sample_tasks=sample_tasks)
 '''
 
+PAID = (
+    CART.replace("batch=Carts", "batch=Carts, reward=paid")
+    .replace(
+        "        return self.observe(), -np",
+        "        self.outcome = self.x[:, None]\n        return self.observe(), -np",
+    )
+    .replace(
+        "CART = ",
+        "def paid(outcomes, tasks):\n    return -abs(outcomes[..., 0] - tasks[..., 0])\n\nCART = ",
+    )
+)
+
 LEVERS = '''
 """Three levers; one of them pays. A task is its number. The state counts the pulls of each."""
 import numpy as np
@@ -213,7 +225,12 @@ BAD_FILES = [
     ("import sys\n\nsys.exit(3)", "line 3: SystemExit: 3"),
     ("raise RuntimeError('first\\nsecond')", "line 1: RuntimeError: first second"),
     ("from envs import Family\n\nA = Family('a')", r"line 3: TypeError: .* missing \d+ required"),
-    (CART.replace("horizon=30", "horizon=0"), "ValueError: family 'cart': its sizes must be"),
+    (
+        CART.replace("horizon=30", "horizon=0"),
+        "ValueError: family 'cart': its sizes: positive whole",
+    ),
+    (CART.replace("horizon=30", "horizon=30.0"), "its sizes: positive whole numbers"),
+    (CART.replace('"cart"', '"../cart"'), "its name: letters, digits"),
     (CART.replace("(1.0, 0.5)", "(1.0,)"), "one per number"),
     (CART.replace("batch=Carts", "batch=None"), "batch and sample_tasks must be functions"),
     (LEVERS.replace('"ppo"', '"dqn"'), "its teacher must be sac, ppo or rule"),
@@ -247,7 +264,7 @@ def test_missing_file_is_one_line(tmp_path):
     ("text", "old", "new", "message"),
     [
         (CART, "1).astype(np.float32)", "1)", r"reset's states .* float32 .*, not float64"),
-        (CART, "[self.x, self.v], 1", "[self.x, self.v], 0", r"shape \(1, 2\), not .* \(2, 1\)"),
+        (CART, "[self.x, self.v], 1", "[self.x, self.v], 0", r"shape \(3, 2\) .* \(2, 3\)"),
         (CART, "place).astype(np.float32)", "place)", "step's rewards .* float32"),
         (LEVERS, "return self.pulls.copy(), (", "return self.pulls[0], (", "step's states"),
         (LEVERS, "3), np.int64", "3), np.int32", "int64 of shape .*, not int32"),
@@ -257,6 +274,15 @@ def test_missing_file_is_one_line(tmp_path):
         (CART, "return np.stack([rng.uniform(-1", "return nothing([rng.uniform(-1", "NameError: "),
         (CART, "batch=Carts", "batch=Carts, reward=min", "step must set `outcome`"),
         (CART, "batch=Carts", "batch=Carts, lesson=min", "step must set `outcome`"),
+        (CART, "-np.abs(self.x", "np.nan * np.abs(self.x", "step's rewards of 3 tasks .* finite"),
+        (LEVERS, "return self.pulls.copy()\n", "return self.pulls\n", "must return a new array"),
+        (
+            PAID,
+            "return -abs(o",
+            "return abs(o",
+            "reward of step's outcome must be what step has paid",
+        ),
+        (PAID, "return -abs(o", "return nothing(o", r"line \d+: NameError"),
     ],
 )
 def test_wrong_batch_is_one_line_before_any_work(write, text, old, new, message):
@@ -265,6 +291,35 @@ def test_wrong_batch_is_one_line_before_any_work(write, text, old, new, message)
     with pytest.raises(ValueError, match=message) as error:
         make_batch(env, [[0, 0.2]])
     assert "\n" not in str(error.value)
+
+
+def test_rewards_of_an_outcome_are_what_a_step_pays(write):
+    make_batch(write(PAID), [[0, 0.2]])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("([[0], [2]], [[1]])", "([[0], [1]], [[1]])", "holds out .1.0., which is also a training"),
+        ("([[0], [2]], [[1]])", "([[0], [7]], [[1]])", "a task of levers is 1 number from"),
+        ("([[0], [2]], [[1]])", "nothing", r"line \d+: NameError"),
+    ],
+)
+def test_wrong_split_is_one_line(write, old, new, message):
+    env = write(LEVERS.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        split_tasks(env)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [("np.full(1, 12.0)", r"returns of 2 tasks have shape \(1,\)"), ("nothing", r"line \d+: Name")],
+)
+def test_wrong_returns_are_one_line(write, new, message):
+    env = write(LEVERS.replace("np.full(len(tasks), 12.0)", new))
+    with pytest.raises(ValueError, match=message):
+        optimal_returns(env, [[0], [1]])
 
 
 # ------------------------------------------------------------------------- what is loaded, and when

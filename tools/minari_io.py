@@ -46,7 +46,14 @@ from tyro.conf import Positional
 from data import ARRAYS, FORMAT, file_hash, load_dataset, load_part, part_name
 from envs import Family, check_tasks, get_family, make_env, split_tasks
 from support.command_line import one_line
-from support.files import need_space, progress, remove_left_behind, save_arrays, save_json
+from support.files import (
+    check_folder,
+    need_space,
+    progress,
+    remove_left_behind,
+    save_arrays,
+    save_json,
+)
 
 EPISODE = ("states", "actions", "rewards")  # the arrays that Minari holds
 
@@ -100,6 +107,7 @@ def _place(meta: dict, target: Path) -> tuple[str, Path]:
 def check_export(meta: dict, target: Path) -> None:
     """Raises ValueError with one line where `export_minari` of such a dataset would."""
     _import_minari("--export-minari")
+    check_folder("--export-minari", str(target))
     _place(meta, target)
 
 
