@@ -49,11 +49,24 @@ def cli(default: Any, argv: list[str], description: str) -> Any:
     return tyro.cli(
         type(default),
         default=default,
-        args=argv,
+        args=one_path(argv),
         description=f"{type(default).__doc__}\n{description}",
         # --steps, not --training.steps; and help is the string below a setting, not a comment
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
+
+
+def one_path(argv: list[str]) -> list[str]:
+    """`fam.py`, `./fam.py` and its absolute path: as seen from here, where it lies below."""
+    line = []
+    for word in argv:
+        flag, equals, value = word.rpartition("=")
+        if value.endswith(".py") and Path(value).is_file():
+            place = Path(value).absolute()
+            inside = place.is_relative_to(Path.cwd())
+            value = str(place.relative_to(Path.cwd()) if inside else place)
+        line.append(flag + equals + value)
+    return line
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Files:
 
 def first_look(argv: list[str]) -> Chosen:
     """These three, with `auto` resolved. Raises ValueError for a preset that is none."""
-    chosen, _ = tyro.cli(Chosen, args=argv, return_unknown_args=True, add_help=False)
+    chosen, _ = tyro.cli(Chosen, args=one_path(argv), return_unknown_args=True, add_help=False)
     # not by its type: the parser of these three flags would answer with a usage of its own
     return replace(chosen, preset=resolve_preset(chosen.preset))
 
@@ -220,7 +233,7 @@ def parse_evaluation(command: type, argv: list[str] | None = None) -> Any:
             cli(command("runs/...", play=Play()), argv, "a method adds settings of its own")
         raise ValueError("name the run first: python evaluate.py runs/... [settings]")
     # what is read from a run's folder must not choose which file is run: the user names it
-    files, _ = tyro.cli(Files, args=argv[1:], return_unknown_args=True, add_help=False)
+    files, _ = tyro.cli(Files, args=one_path(argv[1:]), return_unknown_args=True, add_help=False)
     run = load_config(argv[0], env=files.env, backbone=files.backbone)
     evaluation = cli(command(argv[0], play=run.play), argv, "")
     check_types(evaluation)

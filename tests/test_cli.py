@@ -4,6 +4,7 @@ Run: pytest tests/test_cli.py
 """
 
 import csv
+import os
 import re
 import shlex
 import subprocess
@@ -21,6 +22,8 @@ from evaluate import Evaluation
 from reproduce import Reproduction
 from support.command_line import (
     CollectCommand,
+    parse_collection,
+    parse_config,
     preset_config,
 )
 from support.settings import flat
@@ -152,6 +155,15 @@ def test_help_lists_every_flag(script, names, trained, monkeypatch, capsys):
 def test_help_of_an_evaluation_needs_no_run(here, monkeypatch, capsys):
     ended = run("evaluate.py", ["--help"], monkeypatch, capsys)
     assert ended.code == 0 and {"--repeats", "--episodes"} <= set(ended.out.split())
+
+
+def test_a_file_has_one_path_however_it_is_typed(here):
+    """Datasets, runs and teachers are named by it."""
+    (name, text), *_ = readme_files().items()
+    (here / name).write_text(text)
+    for word in (name, f"./{name}", str(here / name)):
+        assert parse_config(["--env", word]).data.env == name
+        assert parse_collection([f"--env={word}"])[0].data.env == name
 
 
 # -------------------------------------------------------------------------------------- wrong input
@@ -327,3 +339,8 @@ def test_an_error_as_a_shell_sees_it(tmp_path):
     known = ", ".join(sorted(FAMILIES))
     message = f"unknown environment 'nope': choose one of {known}, or a .py file"
     assert ended.stderr == f"error: {message}\n"
+    asked = os.environ | {"T2MIR_TRACEBACK": "1"}  # for whoever writes a family or method
+    ended = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=asked
+    )
+    assert ended.stderr.startswith("Traceback") and ended.stderr.endswith(f"error: {message}\n")
