@@ -394,8 +394,9 @@ def report(command: Reproduction, results: Path) -> None:
     """The table of what is finished; of an experiment without a finished run there is none."""
     rows = make_rows(finished_cells(command))
     if rows:
-        how = " ".join([f"preset {resolve_preset(command.preset)}", *command.set])
-        title = f"{command.experiment}: {get_experiment(command.experiment).source}; {how}"
+        source, changed = get_experiment(command.experiment).source, " ".join(command.set)
+        title = f"{command.experiment}: {source}; preset {resolve_preset(command.preset)}"
+        title += f", --set {changed}" if changed else ""
         write_table(results, rows, title)
         print(as_markdown(rows, title))
         print(f"table: {results}/table.md, {results}/table.csv")
