@@ -66,14 +66,16 @@ def play(
     seed: int = 0,
     title: str | None = None,
     success: list | None = None,
+    history: list[Prompt] | None = None,
 ) -> np.ndarray:
     """Algorithms 2 and 4 on N tasks at once: the return of each task and episode, (N, episodes).
 
     `seed` is that of the starts; with a title there is a progress bar. A list given as `success`
-    gains, for a family that can succeed, (N,) bool an episode: whether each task did.
+    gains, for a family that can succeed, (N,) bool an episode: whether each task did; an empty one
+    given as `history` gains the episodes, (N, T) each.
     """
     horizon, batch = get_family(env).horizon, make_batch(env, tasks, seed)
-    history: list[Prompt] = []  # line 2: nothing is known; then the finished episodes, (N, T) each
+    history = [] if history is None else history  # line 2: nothing is known yet
     returns = []
     bar = progress(range(episodes), desc=title, unit="episode", disable=title is None)
     for _ in bar:  # line 3

@@ -29,37 +29,19 @@ from evaluate import play
 from methods import Method
 from models import T2MIR
 from moe import MoELayer, View
-from policies import Policy, concatenate
+from policies import concatenate
 from router import Router, dense_gates
 
 UNTRAINED = 5  # routers with new weights that the trained one is compared with
 
 
-class Recorder:
-    """A policy that keeps the episodes it has played: (N, T) each, as played."""
-
-    def __init__(self, policy: Policy):
-        self.policy, self.memory = policy, policy.memory
-        self.episodes: list[Prompt] = []
-
-    def begin(self, history: list[Prompt], rows: int) -> None:
-        self.episodes = history  # the list that `play` adds to, also after the last episode
-        self.policy.begin(history, rows)
-
-    def act(self, states: Tensor) -> Tensor:
-        return self.policy.act(states)
-
-    def observe(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None:
-        self.policy.observe(states, actions, rewards)
-
-
 def play_episodes(method: Method, tasks: list, episodes: int, seed: int = 0) -> list[Prompt]:
     """The episodes that a run's policy plays on its own settings: prompts of (N, T) steps each."""
-    settings = replace(method.cfg.play, play_seed=seed)
-    recorder = Recorder(method.policy(settings))
+    policy, history = method.policy(replace(method.cfg.play, play_seed=seed)), []
     # an evaluation has small seeds: these starts are others
-    play(method.cfg.data.env, tasks, recorder, episodes, seed=1_000_003 + seed)
-    return recorder.episodes
+    starts = 1_000_003 + seed
+    play(method.cfg.data.env, tasks, policy, episodes, starts, history=history)
+    return history
 
 
 def fresh(method: Method, tasks: list, plays: int) -> tuple[Prompt, np.ndarray]:
