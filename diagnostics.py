@@ -5,8 +5,8 @@ Read beside train.py.
 
 Nothing here trains. All numbers are on new draws of the training data, whose episodes have been
 trained on, in eval mode (no router noise), with a random stream of their own, so that looking does
-not change a run. Which numbers there are, a method says
-(`Method.probe`); here are those that AD and DPT share.
+not change a run. Which numbers there are, a method says (`Method.probe`); here are those that AD
+and DPT share.
 """
 
 from __future__ import annotations
