@@ -127,7 +127,7 @@ class Family:
         values, units = self.state_values, self.state_units
         of_state = {len(each) for each in (values, *(units or ())) if each is not None}
         checks = (
-            (re.fullmatch(r"[\w.+-]+", str(self.name)), "its name: letters, digits, . + - _"),
+            (re.fullmatch(r"\w[\w.+ -]*", str(self.name)), "its name: letters, digits, ._+-"),
             (all(isinstance(n, int) and n > 0 for n in sizes), "its sizes: positive whole numbers"),
             (len(self.task_low) == len(self.task_high) > 0, "task_low, task_high: one per number"),
             (all(-np.inf < a <= b < np.inf for a, b in limits), "its limits: finite, low <= high"),
