@@ -69,6 +69,7 @@ def collect(cfg: Collection, quiet: bool = False) -> Path:
         if not quiet:
             print(f"{folder} is complete")
         return folder
+    check_folder("--datasets", cfg.data.datasets)
     need_space(folder, disk_space(cfg, meta))  # now rather than after hours of training teachers
     with only_writer(folder):  # two commands at once would mix their parts
         tasks = range(len(meta["train_tasks"]))
@@ -269,7 +270,6 @@ def check(cfg: Collection) -> None:
     try_family(cfg.data.env)
     teacher_algorithm(cfg)
     resolve_device(cfg.work.teacher_device, "--teacher-device")
-    check_folder("--datasets", cfg.data.datasets)
 
 
 # ------------------------------------------------------------------------------ reference returns

@@ -117,9 +117,8 @@ _CPU_SHARED = dict(
     w_importance=0.1, w_load=0.1, optimizer="muon", muon_scale=4.0, warmup=50, lr=2e-3, beta2=0.98,
     checkpoint_every=100, log_every=25, eval_every=400,
 )
-# history: as many finished episodes as a training context has before its last one (DarkRoom:
-# see there). empty: at test
-# time the first prompt is empty, and the query must have seen such prompts.
+# history: as many finished episodes as a training context has before its last one (DarkRoom: see
+# there). empty: at test time the first prompt is empty, and the query must have seen such prompts.
 CPU_SHARED = {
     "ad": _CPU_SHARED | dict(history=3),
     "dpt": _CPU_SHARED | dict(query_position="last", empty=0.1),

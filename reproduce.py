@@ -269,6 +269,7 @@ def make_job(command: Reproduction, cfg: Config, gpus: int) -> Job:
         gpus=gpus,
         slots=at_a_time(command, gpus),
         older={k: v for k, v in all_before(cfg).items() if k in settings},
+        free=(*flat(cfg.play), *named),  # and a path of the same file
     )
 
 

@@ -220,6 +220,7 @@ def run(cfg: Config) -> None:
     first = make_method(cfg, device)  # what is wrong with it shows now, not after collecting
     if cfg.training.init and not continued:
         checkpoint.load_weights(cfg.training.init, first)
+    del first  # with all that it holds on the device
     dataset = get_data(cfg)
     # One writer a run, until it is evaluated: a second one would mix its rows with these.
     with only_writer(folder) if chief else contextlib.nullcontext():

@@ -31,7 +31,6 @@ from filelock import FileLock, Timeout
 
 from support import checkpoint, jobs
 from support.files import load_json, only_writer, save_json
-from support.settings import flat
 
 FORMAT = 1  # of a record; raised when its meaning changes
 PROJECT = Path(__file__).resolve().parents[1]
@@ -57,6 +56,7 @@ class Job:
     gpus: int = 0  # 0: on the CPU
     slots: int = 1  # jobs at a time
     older: dict[str, Any] = field(default_factory=dict)  # settings that old records do not have
+    free: tuple[str, ...] = ()  # settings in which a trained run may differ: how it is played
     deadline: float = 0.0  # time.time() after which it is not begun; 0: none
 
     @property
@@ -178,11 +178,11 @@ def _is_trained(job: Job) -> bool:
         return False  # none yet; of a damaged one train.py says what is wrong with it
     if not done:
         return False
-    files = {name: job.settings[name] for name in ("env", "backbone")}
-    cfg = checkpoint.load_config(job.folder, **files)
-    # how it plays is the evaluation's: it may be another
-    found = {k: v for k, v in _plain(flat(cfg)).items() if k in job.settings}
-    if changed := other_settings(job, found | _plain({k: job.settings[k] for k in flat(cfg.play)})):
+    found: dict[str, Any] = {}  # as they are on disk: no file of the user's is needed for this
+    for name, value in checkpoint.read_run(job.folder)["settings"].items():
+        found |= value if isinstance(value, dict) else {name: value}
+    found = {name: value for name, value in found.items() if name in job.settings}
+    if changed := other_settings(job, found | {k: job.settings[k] for k in job.free}):
         raise ValueError(
             f"{job.folder} was trained with other settings ({', '.join(changed)}), perhaps of an "
             "older preset: name another --runs, or move it away"

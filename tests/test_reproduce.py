@@ -158,8 +158,14 @@ def test_what_was_run_with_other_settings_is_named_and_kept(tiny, tmp_path, monk
         assert "(lr 0.5 -> 0.001)" in ended.error and "another --results" in ended.error
         assert contents(tmp_path) == before
 
-    record.unlink()  # the run itself is of other settings
+    record.unlink()  # how the run was played does not matter: it is played anew
     config = tmp_path / "runs" / "paper" / names(argv)[0] / "config.json"
+    rewrite(config, lambda content: content["settings"]["play"].update(episodes=7))
+    with at_home():
+        assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
+    assert read_record(record)["settings"]["episodes"] == 2
+
+    record.unlink()  # the run itself is of other settings
     rewrite(config, lambda content: content["settings"]["training"].update(lr=0.5))
     with at_home():
         ended = run("reproduce.py", argv, monkeypatch, capsys)
