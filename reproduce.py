@@ -48,7 +48,7 @@ import collect
 from config import Config, CountOrZero, NotNegative, Rows, Seed, Text, Threads
 from data import read_meta
 from envs import get_family
-from experiments.compare import Cell, as_markdown, make_rows, write_table
+from experiments.compare import Cell, as_markdown, check_table, make_rows, write_table
 from experiments.paper import Experiment, Times, get_experiment, variants_of
 from experiments.projection import project
 from experiments.runs import (
@@ -334,6 +334,7 @@ def reproduce(command: Reproduction) -> None:
     results, slots = Path(results_of(command)), runs[0].job.slots if runs else 1
     say_alone = command.minutes == 0  # nothing is written
     with nullcontext() if say_alone else only_writer(results):
+        check_table(results, table_title(command))
         # two variants may come to the same settings: one run, two rows
         todo = {run.job.name: run for run in runs if not finished(run.job)}
         different = {run.job.name for run in runs}
@@ -395,12 +396,16 @@ def report(command: Reproduction, results: Path) -> None:
     """The table of what is finished; of an experiment without a finished run there is none."""
     rows = make_rows(finished_cells(command))
     if rows:
-        source, changed = get_experiment(command.experiment).source, " ".join(command.set)
-        title = f"{command.experiment}: {source}; preset {resolve_preset(command.preset)}"
-        title += f", --set {changed}" if changed else ""
+        title = table_title(command)
         write_table(results, rows, title)
         print(as_markdown(rows, title))
         print(f"table: {results}/table.md, {results}/table.csv")
+
+
+def table_title(command: Reproduction) -> str:
+    source, changed = get_experiment(command.experiment).source, " ".join(command.set)
+    title = f"{command.experiment}: {source}; preset {resolve_preset(command.preset)}"
+    return title + (f", --set {changed}" if changed else "")
 
 
 def main() -> None:

@@ -190,6 +190,19 @@ def _with_interval(value: float | None, low: float, high: float, sign: str = "")
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
+def check_table(folder: Path, title: str) -> None:
+    """Raises ValueError with one line where the folder's table is another experiment, preset, --set.
+
+    A folder holds one table: that of these settings would take its place.
+    """
+    try:
+        found = (folder / "table.md").read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return
+    if sorted(found.split()) != sorted(f"# {title}".split()):  # the order of --set says nothing
+        raise ValueError(f"{folder} has a table already ({found[2:]}): name another --results")
+
+
 def write_table(folder: Path, rows: list[dict[str, Any]], title: str) -> None:
     """table.csv and table.md, each the old one or the whole new one."""
     for name, text in (("table.csv", as_csv(rows)), ("table.md", as_markdown(rows, title))):

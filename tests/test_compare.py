@@ -135,9 +135,11 @@ def test_a_narrower_command_keeps_the_rows_of_a_wider_one(tmp_path, monkeypatch,
     )
     assert all(row["seeds"] == "0 1" for row in rows) and not (tmp_path / "ran").exists()
     before = contents(results)
-    with at_home():  # another family adds nothing yet, other settings have no finished run
-        for more in (["push"], ["darkroom", "--set", "lr=0.1"]):
-            assert run("reproduce.py", [*line, *more], monkeypatch, capsys).code == 0
+    with at_home():  # another family adds nothing yet; other settings would take the table's place
+        assert run("reproduce.py", [*line, "push"], monkeypatch, capsys).code == 0
+        for more in (["--set", "lr=0.1"], ["--preset", "paper"]):
+            ended = run("reproduce.py", [*line, "darkroom", *more], monkeypatch, capsys)
+            assert ended.code == 1 and "has a table already (table1: Table 1" in ended.error
     assert {name: text for name, (text, _) in contents(results).items()} == {
         name: text for name, (text, _) in before.items()
     }
