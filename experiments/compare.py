@@ -191,9 +191,9 @@ def _with_interval(value: float | None, low: float, high: float, sign: str = "")
 
 
 def check_table(folder: Path, title: str) -> None:
-    """Raises ValueError with one line where the folder's table is another experiment, preset, --set.
+    """A folder holds one table: of one experiment, preset and --set.
 
-    A folder holds one table: that of these settings would take its place.
+    Raises ValueError with one line where this one would take another's place.
     """
     try:
         found = (folder / "table.md").read_text().partition("\n")[0]
