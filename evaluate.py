@@ -111,7 +111,8 @@ class Evaluation:
     split: Literal["test", "train"] = "test"
     """Held-out tasks, or those trained on."""
     results: Text | None = None
-    """Folder for the CSV, the picture and summary.csv (default: the run's own)."""
+    """Folder for the CSV, the picture and summary.csv (default: the run's own). Runs are told apart
+    there by the names of their folders."""
     device: Text = "cpu"
     """cpu or cuda."""
     env: Text | None = None

@@ -55,7 +55,9 @@ from experiments.runs import (
     NOT_STARTED,
     Job,
     check_record,
+    collect_all,
     finished,
+    other_settings,
     recorded,
     steps_done,
     work,
@@ -169,6 +171,11 @@ def plan(command: Reproduction) -> tuple[list[Run], list[str]]:
                     runs.append(Run(cell, seed, seeded, make_job(command, seeded, gpus)))
     if unknown := [name for name in command.variants if name not in variants]:
         raise ValueError(f"--variants {unknown[0]}: choose of {', '.join(variants)}")
+    known: dict[str, Job] = {}
+    for job in (run.job for run in runs):
+        same = known.setdefault(job.name, job)
+        if changed := other_settings(job, same.settings):  # two files of one name
+            raise ValueError(f"two runs have one name, {job.name}: {', '.join(changed)}")
     return runs, alone
 
 
@@ -216,6 +223,10 @@ def given_settings(command: Reproduction) -> dict[str, Any]:
 
 def count_gpus(given: dict[str, Any]) -> int:
     device = resolve_device(str(given.get("device", "auto")))
+    if device.index is not None:
+        raise ValueError(
+            f"--set device={device}: a run takes any GPU; CUDA_VISIBLE_DEVICES chooses"
+        )
     return torch.cuda.device_count() if device.type == "cuda" else 0
 
 
@@ -269,7 +280,7 @@ def make_job(command: Reproduction, cfg: Config, gpus: int) -> Job:
         gpus=gpus,
         slots=at_a_time(command, gpus),
         older={k: v for k, v in all_before(cfg).items() if k in settings},
-        free=(*flat(cfg.play), *named),  # and a path of the same file
+        free=tuple(flat(cfg.play)),
     )
 
 
@@ -281,46 +292,14 @@ def results_of(command: Reproduction) -> str:
     return command.results or f"results/paper/{command.experiment}"
 
 
-# ------------------------------------------------------------------------------------ collect, run
-def collect_all(runs: list[Run], command: Reproduction, deadline: float) -> dict[str, str]:
-    """Make every dataset once. Returns {run: why not} of the runs whose dataset cannot be made."""
-    torch.set_num_threads(1)  # more change the rounding (collect.py)
-    known: dict[Path, str] = {}
-    failed = {}
-    for run in runs:
-        wanted = run.cfg.collection
-        if run.cfg.training.data:
-            continue
-        folder = collect.dataset_folder(wanted)
-        if folder not in known:
-            known[folder] = collect_one(wanted, command, deadline)
-        if known[folder]:
-            failed[run.job.name] = known[folder]
-    return failed
-
-
-def collect_one(wanted, command: Reproduction, deadline: float) -> str:
-    """ "" or one line: why a dataset is not there."""
-    if deadline and time.time() > deadline:
-        return NOT_STARTED
-    cluster = command.cluster if collect.teacher_algorithm(wanted) else None
-    workers = wanted.work.workers or command.jobs
-    try:
-        collect.collect(
-            replace(wanted, work=replace(wanted.work, workers=workers, cluster=cluster))
-        )
-    except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
-    return ""
-
-
+# --------------------------------------------------------------------------------------------- run
 def run_all(jobs: list[Job], command: Reproduction, slots: int) -> dict[str, str]:
     """Train and evaluate; {run: why not} of those that are not finished then."""
     total = sum(job.steps for job in jobs)
     with bar_of(
         lambda: sum(map(steps_done, jobs)), total, command.experiment, "step", quiet=not jobs
     ) as watch:
-        ended = run_jobs(work, jobs, slots, command.cluster, watch)
+        ended = run_jobs(work, jobs, slots, command.cluster, watch, lost=str)
         watch()
     return {job.name: why for job, why in zip(jobs, ended, strict=True) if why}
 
@@ -353,11 +332,19 @@ def reproduce(command: Reproduction) -> None:
         if say_alone:
             failed = dict.fromkeys(todo, NOT_STARTED)
         elif todo:
-            failed = collect_all(list(todo.values()), command, deadline)
+            wanted = {n: r.cfg.collection for n, r in todo.items() if not r.cfg.training.data}
+            failed = collect_all(wanted, command.jobs, command.cluster, deadline)
             jobs = [run.job for name, run in todo.items() if name not in failed]
             failed |= run_all([replace(job, deadline=deadline) for job in jobs], command, slots)
-        if not say_alone:
-            report(command, results)
+        try:
+            if not say_alone:
+                report(command, results)
+        finally:
+            name_missing(failed, say_alone)
+
+
+def name_missing(failed: dict[str, str], say_alone: bool) -> None:
+    """Say what is not finished, and why. Exits with status 1 where a run has failed."""
     left = [name for name, why in failed.items() if why == NOT_STARTED]
     if left:
         again = "the same command" + (" without --minutes" if say_alone else "")

@@ -35,7 +35,7 @@ from support.files import write_atomically
 COLUMNS = (
     "env", "backbone", "group", "variant", "paper", "paper_pm", "mean", "low", "high", "best",
     "random", "optimum", "teacher", "share", "difference", "difference_low", "difference_high",
-    "seeds", "tasks", "repeats", "steps", "train_seconds",
+    "difference_seeds", "seeds", "tasks", "repeats", "steps", "train_seconds",
 )
 # fmt: on
 
@@ -101,19 +101,18 @@ def read_runs(records: dict[int, Path]) -> Runs:
 def make_rows(cells: list[Cell]) -> list[dict[str, Any]]:
     """A row of COLUMNS for each cell that has a finished run; None where nothing is known.
 
-    Each is compared with the first cell of its family, backbone and group. Raises ValueError.
+    Each is compared with the first row of its family, backbone and group. Raises ValueError.
     """
     rows, first = [], {}
     for cell in cells:
-        place = cell.env, cell.backbone, cell.group
-        runs = read_runs(cell.records) if cell.records else None
-        first.setdefault(place, runs)  # None where the first has not been run: then no differences
-        if runs is not None:
-            rows.append(_row(cell, runs, first[place]))
+        if cell.records:
+            runs = read_runs(cell.records)
+            first_runs = first.setdefault((cell.env, cell.backbone, cell.group), runs)
+            rows.append(_row(cell, runs, first_runs))
     return rows
 
 
-def _row(cell: Cell, runs: Runs, first: Runs | None) -> dict[str, Any]:
+def _row(cell: Cell, runs: Runs, first: Runs) -> dict[str, Any]:
     def mean(name: str) -> float | None:
         values = [record[name] for record in runs.records]
         return None if None in values else float(np.mean(values))
@@ -128,22 +127,20 @@ def _row(cell: Cell, runs: Runs, first: Runs | None) -> dict[str, Any]:
         cell.env, Path(cell.backbone).stem, cell.group, cell.variant, paper, pm,
         score, *interval(runs.scores), float(runs.returns.mean((0, 1)).max()),
         random, optimum, teacher, share,
-        *(_difference(runs, first) or (None, None, None)),
+        *_difference(runs, first),
         " ".join(map(str, runs.seeds)), len(runs.tasks), runs.records[0]["repeats"],
         runs.records[0]["steps"], mean("train_seconds"),
     ]  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def _difference(runs: Runs, first: Runs | None) -> tuple[float, float, float] | None:
-    """To the first variant, over the seeds that both have; None where there is none."""
-    if first is None or runs is first or runs.tasks != first.tasks:
-        return None
+def _difference(runs: Runs, first: Runs) -> tuple[float | None, float | None, float | None, str]:
+    """To the first row, its interval and the seeds that both have; None where there are none."""
     both = [seed for seed in runs.seeds if seed in first.seeds]
-    if not both:
-        return None
+    if runs is first or runs.tasks != first.tasks or not both:
+        return None, None, None, ""
     ours, others = (r.scores[[r.seeds.index(seed) for seed in both]] for r in (runs, first))
-    return paired(ours, others)
+    return *paired(ours, others), " ".join(map(str, both))
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -157,8 +154,9 @@ def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
         f"Mean return of the last {LAST} episodes on held-out tasks; *best* is the highest mean of "
         "any one episode, as in the paper. *Share*: of the way from the random policy to the "
         "optimum or, where none is known, to the tasks' own teachers (t). *Difference*: to the "
-        "first variant of the family, backbone and group, paired over seeds and tasks. Intervals: "
-        "95 %, over seeds and tasks; of one seed, over tasks alone.",
+        "first row of the family, backbone and group, paired over tasks and the seeds that both "
+        "have, named where they are not the row's. Intervals: 95 %, over seeds and tasks; of one "
+        "seed, over tasks alone.",
         "",
         f"| {' | '.join(head)} |",
         "|" + " --- |" * len(head),
@@ -167,6 +165,10 @@ def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
         pm = "" if row["paper_pm"] is None else f" ± {row['paper_pm']:.1f}"
         of = "" if row["optimum"] is not None else " (t)"
         variant = ", ".join(filter(None, (row["group"], row["variant"])))
+        bounds = (row[f"difference{end}"] for end in ("", "_low", "_high"))
+        difference = _with_interval(*bounds, "+")
+        if row["difference_seeds"] not in ("", row["seeds"]):
+            difference += f", of {row['difference_seeds']}"
         cells = [
             row["env"],
             row["backbone"],
@@ -175,7 +177,7 @@ def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
             _with_interval(row["mean"], row["low"], row["high"]),
             f"{row['best']:.2f}",
             "" if row["share"] is None else f"{round(100 * row['share'])} %{of}",
-            _with_interval(row["difference"], row["difference_low"], row["difference_high"], "+"),
+            difference,
             row["seeds"],
             str(row["steps"]),
             f"{row['train_seconds'] / 60:.1f} min",

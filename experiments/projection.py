@@ -50,13 +50,19 @@ def project(
         alike.setdefault((cfg.data.env, cfg.backbone, sizes(cfg)), []).append(run)
     every = []
     for group in alike.values():
-        trial = measure(group[0][1], steps, repeats)
-        own = [seconds_of(cfg, done, trial) for _, cfg, done in group]
         first, *others = dict.fromkeys(title for title, _, _ in group)
         like_it = f" and {len(others)} like it" if others else ""
+        try:
+            trial = measure(group[0][1], steps, repeats)
+        except Exception as error:  # its run will fail, and be named; the others go on
+            print(f"  {first}{like_it}: no trial ({' '.join(str(error).split()) or repr(error)})")
+            continue
+        own = [seconds_of(cfg, done, trial) for _, cfg, done in group]
         each = " to ".join(dict.fromkeys(map(in_words, (min(own), max(own)))))
         print(f"  {first}{like_it}: {trial}; {len(own)} runs of {each}")
         every += own
+    if not every:
+        return
     total = f"{in_words(sum(every))} of core time"
     if slots:
         # a run uses one core: all of them take at least as long as the longest

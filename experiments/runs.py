@@ -1,6 +1,7 @@
 """runs.py: one run of an experiment as a job: train.py and evaluate.py, as processes of their own.
 
 in : a `Job`, all plain values          out: a record beside the evaluation's CSV, or one line
+Before it, the datasets of all runs (`collect_all`).
 Nothing of the paper is here. Used by reproduce.py; jobs.py runs many at once.
 
 Processes, not function calls: a run that takes all memory, or is killed, ends alone, and what it
@@ -21,20 +22,25 @@ import shlex
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
+import collect
+from config import Collection
 from support import checkpoint, jobs
 from support.files import load_json, only_writer, save_json
 
 FORMAT = 1  # of a record; raised when its meaning changes
 PROJECT = Path(__file__).resolve().parents[1]
 NOT_STARTED = "not started"
+PATIENCE = 120  # seconds: the training of a command that was killed has yet to finish its step
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,36 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def finished(job: Job) -> bool:
-    """Whether there is a record of these settings, and the CSV that it promises."""
+    """Whether there is a record of these settings, and the CSV that it promises, as it was."""
     try:
         record = read_record(job.record)
-    except ValueError:
+        if other_settings(job, record["settings"]) or record["repeats"] != job.repeats:
+            return False
+        # another evaluation of the same run writes to the same name
+        return record.get("csv_sum") in (None, _sum_of(job.record.parent / record["csv"]))
+    except (OSError, ValueError):
         return False
-    same = not other_settings(job, record["settings"]) and record["repeats"] == job.repeats
-    return same and (job.record.parent / record["csv"]).exists()
+
+
+def _sum_of(path: Path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def other_settings(job: Job, found: dict[str, Any]) -> list[str]:
     """'name found -> wanted' for what is not as this job has it."""
     known = job.older | found  # a setting that came later says what was done before
     wanted = _plain(job.settings)
+
+    def same(name: str) -> bool:
+        values = known.get(name), wanted.get(name)
+        if all(str(value).endswith(".py") for value in values):  # two paths of one file
+            values = tuple(Path(job.here, value).resolve() for value in values)
+        return values[0] == values[1]
+
     return [
         f"{name} {known.get(name)} -> {wanted.get(name)}"
         for name in sorted(known.keys() | wanted.keys())
-        if known.get(name) != wanted.get(name)
+        if not same(name)
     ]
 
 
@@ -106,7 +125,10 @@ def check_record(job: Job) -> None:
         record = read_record(job.record)
     except ValueError:
         return
-    if changed := other_settings(job, record["settings"]):
+    changed = other_settings(job, record["settings"])
+    if record["repeats"] != job.repeats:  # its CSV would be written over
+        changed.append(f"repeats {record['repeats']} -> {job.repeats}")
+    if changed:
         raise ValueError(
             f"{job.record} is of other settings ({', '.join(changed)}), perhaps of an older "
             "preset: name another --results, or move it away"
@@ -141,6 +163,36 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
+# --------------------------------------------------------------------------------------- their data
+def collect_all(
+    wanted: dict[str, Collection], workers: int, cluster: str | None, deadline: float
+) -> dict[str, str]:
+    """Make every dataset once. Returns {run: why not} of the runs whose dataset cannot be made."""
+    torch.set_num_threads(1)  # more change the rounding (collect.py)
+    known: dict[Path, str] = {}
+    for cfg in wanted.values():
+        folder = collect.dataset_folder(cfg)
+        if folder not in known:
+            known[folder] = _collect_one(cfg, workers, cluster, deadline)
+    failed = {name: known[collect.dataset_folder(cfg)] for name, cfg in wanted.items()}
+    return {name: why for name, why in failed.items() if why}
+
+
+def _collect_one(cfg: Collection, workers: int, cluster: str | None, deadline: float) -> str:
+    """ "" or one line: why a dataset is not there."""
+    if deadline and time.time() > deadline:
+        return NOT_STARTED
+    cluster = cluster if collect.teacher_algorithm(cfg) else None
+    work = replace(cfg.work, workers=cfg.work.workers or workers, cluster=cluster)
+    try:
+        collect.collect(replace(cfg, work=work))
+    except Exception as error:  # also a user's family that breaks: the others go on
+        if not isinstance(error, (ValueError, OSError)):
+            traceback.print_exc()
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
 # ---------------------------------------------------------------------------------------- one run
 def work(job: Job, alive: Callable[[], None]) -> str:
     """Train and evaluate what is missing. Returns "" or one line: why it failed, or NOT_STARTED.
@@ -150,9 +202,8 @@ def work(job: Job, alive: Callable[[], None]) -> str:
     if job.deadline and time.time() > job.deadline:
         return NOT_STARTED
     try:
-        with _one_gpu(job) as environment:
-            # the training of a command that was killed a moment ago has yet to finish its step
-            with only_writer(job.folder, seconds=120):
+        with _one_gpu(job, alive) as environment:
+            with only_writer(job.folder, seconds=PATIENCE):
                 pass
             if not _is_trained(job):
                 line = ["train.py", *job.train, "--run", f"{job.runs}/{job.name}", "--resume"]
@@ -191,7 +242,7 @@ def _is_trained(job: Job) -> bool:
 
 
 @contextmanager
-def _one_gpu(job: Job) -> Iterator[dict[str, str]]:
+def _one_gpu(job: Job, alive: Callable[[], None]) -> Iterator[dict[str, str]]:
     """The environment of a job's processes: one core, or a GPU that the job holds a place of.
 
     Places are locks, which go with their process however it ends.
@@ -199,19 +250,24 @@ def _one_gpu(job: Job) -> Iterator[dict[str, str]]:
     if not job.gpus:
         yield {"OMP_NUM_THREADS": "1"}
         return
-    for slot in range(job.slots):
-        job.record.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(job.record.parent / f".place{slot}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        try:
-            yield {"CUDA_VISIBLE_DEVICES": _device(slot % job.gpus)}
-            return
-        finally:
-            lock.release()
-    raise OSError("all places on the GPUs are taken by other jobs")
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + PATIENCE
+    while True:
+        for slot in range(job.slots):
+            lock = FileLock(job.record.parent / f".place{slot}.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            try:
+                yield {"CUDA_VISIBLE_DEVICES": _device(slot % job.gpus)}
+                return
+            finally:
+                lock.release()
+        alive()
+        if time.monotonic() > until:
+            raise OSError("all places on the GPUs are taken by other jobs")
+        time.sleep(0.5)
 
 
 def _device(number: int) -> str:
@@ -250,6 +306,7 @@ def _keep(job: Job) -> None:
         "settings": job.settings,
         "repeats": job.repeats,
         "csv": files[-1].name,
+        "csv_sum": _sum_of(files[-1]),
         "steps": int(row["steps"]),
         "train_seconds": float(row["train_seconds"]),
     }

@@ -286,11 +286,11 @@ def one_line(main: Callable[[], object], when_stopped: str) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # pyrefly: ignore[missing-attribute]
         with by_exception():
             main()
-    except Stop as stop:
+    except KeyboardInterrupt as stop:  # a `Stop`, or what Ray makes of one
         end_bars()
         print(f"stopped; {when_stopped}", file=sys.stderr)
-        raise SystemExit(stop.code) from None
-    except (Exception, KeyboardInterrupt) as error:
+        raise SystemExit(stop.code if isinstance(stop, Stop) else 130) from None
+    except Exception as error:
         reason = in_one_line(error, when_stopped)
         end_bars()
         if reason is not None and os.environ.get("T2MIR_TRACEBACK"):

@@ -113,16 +113,18 @@ def run_jobs(
     workers: int,
     cluster: str | None = None,
     watch: Callable[[], object] = lambda: None,
+    lost: Callable[[OSError], Any] | None = None,
 ) -> list:
     """`work` on every job; `watch` is called every second meanwhile (progress bars).
 
     `workers` local processes, or all of the Ray cluster at `cluster` (`local` starts one here).
     An exception of a job ends everything and is raised here, at once; so does Ctrl-C, after the
-    jobs have noticed. Raises OSError with one line when a worker was killed.
+    jobs have noticed. Raises OSError with one line when a worker was killed; on a cluster, where
+    machines come and go, `lost(error)` is that job's result instead, if it is given.
     """
     jobs = list(jobs)
     if cluster:
-        return _run_jobs_on_ray(work, jobs, cluster, watch)
+        return _run_jobs_on_ray(work, jobs, cluster, watch, lost)
     # Fresh interpreters: a fork would copy the threads' locks of torch in whatever state they are.
     context = multiprocessing.get_context("spawn")
     stop_asked = context.Event()
@@ -165,7 +167,13 @@ def bar_of(
         yield lambda: bar.update(done() - bar.n)
 
 
-def _run_jobs_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], object]) -> list:
+def _run_jobs_on_ray(
+    work: Work,
+    jobs: list,
+    cluster: str,
+    watch: Callable[[], object],
+    lost: Callable[[OSError], Any] | None,
+) -> list:
     import ray
 
     # Ray's workers import this project from where it is: a path that all machines see.
@@ -177,19 +185,21 @@ def _run_jobs_on_ray(work: Work, jobs: list, cluster: str, watch: Callable[[], o
         # No retries: a job that fails is one line and a new start, as it is locally.
         remote = ray.remote(num_cpus=1, max_retries=0)(_run_on_cluster)
         references = [remote.remote(work, job) for job in jobs]
-        waiting = references
+        waiting, results = references, {}
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
             watch()
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # what the job raised
-            except ray.exceptions.RayError as error:
-                raise OSError(
-                    f"Ray lost a job ({type(error).__name__}); the same command continues"
-                ) from None
-        return ray.get(references)
+            for reference in done:
+                try:
+                    results[reference] = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None  # what the job raised
+                except ray.exceptions.RayError as error:
+                    why = f"Ray lost a job ({type(error).__name__}); the same command continues"
+                    if lost is None:
+                        raise OSError(why) from None
+                    results[reference] = lost(OSError(why))
+        return [results[reference] for reference in references]
     finally:
         ray.shutdown()
 

@@ -113,7 +113,7 @@ class Trap:
 def at_home():
     """Jobs run in this process, one behind the other: no worker has to import everything first."""
 
-    def run_jobs(work, jobs, workers, cluster=None, watch=lambda: None):
+    def run_jobs(work, jobs, workers, cluster=None, watch=lambda: None, lost=None):
         return [work(job, lambda: None) for job in jobs]
 
     def run_command(line, log, alive, folder, environment):

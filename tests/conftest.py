@@ -9,12 +9,13 @@ import json
 import pytest
 import torch
 from commands import at_home, changed
-from tiny import trainer
+from tiny import SMALL, trainer
 
 from collect import collect
 from config import Collection, Data, Teachers, Work
 from data import load_dataset
 
+RUN = {"seed", "preset", "eval_every", "eval_episodes", "device", "dtype"}
 TRAIN = [[0, 0], [9, 9], [0, 5], [3, 4], [7, 2], [5, 5], [1, 8], [9, 0]]
 TEST = [[2, 2], [8, 6], [4, 0], [0, 9]]
 
@@ -56,6 +57,21 @@ def few(tiny_config, paper_folder, tmp_path_factory):
     """A finished run of three steps; tests that change it copy it first."""
     with trainer(tiny_config) as call:
         return call(tmp_path_factory.mktemp("few") / "run")
+
+
+@pytest.fixture
+def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
+    """The start of a command line: one variant of DPT, tiny, on a dataset that is there."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("pictures.curves", "evaluate"):  # pictures take most of a tiny evaluation
+        monkeypatch.setattr(f"{module}.draw_curve", lambda *_: None)
+    data = {name: getattr(tiny_config.data, name) for name in ("tasks", "datasets", "recipe")}
+    data |= {"data_episodes": 10, "data_queries": 50, "eval_every": 0, "queries": 4}
+    small = {name: value for name, value in SMALL.items() if name not in RUN} | data
+    small |= {"steps": 3, "episodes": 2, "actions": "sample", "temperature": 1.0}
+    line = ["table1", "--envs", "darkroom", "--backbones", "dpt", "--preset", "cpu"]
+    line += ["--variants", "T2MIR", "--repeats", "2", "--trial", "0", "--jobs", "1", "--set"]
+    return line + [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in small.items()]
 
 
 @pytest.fixture(scope="session")

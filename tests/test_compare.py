@@ -84,6 +84,7 @@ def test_rows_of_a_table(tmp_path):
     other = {1: fake(tmp_path, "b", 1, again, repeats=2, optimum=None, teacher_return=10.0)}
     apart = {1: fake(tmp_path, "c", 1, [[0] * 6, [8] * 6], tasks=("0 1", "3 3"))}
     cells = [
+        Cell("darkroom", "ad", "", "none yet", None, {}),  # then the next one is the first
         Cell("darkroom", "ad", "", "T2MIR", (90.9, 0.1), first),
         Cell("darkroom", "ad", "", "other", None, other),
         Cell("darkroom", "ad", "", "apart", None, apart),
@@ -101,6 +102,10 @@ def test_rows_of_a_table(tmp_path):
     assert (two["mean"], two["share"], two["repeats"]) == (4, 0.4, 2)
     wide = 12.7062  # Student's t of two tasks: their mean is known from one difference
     assert (two["difference"], two["difference_low"]) == pytest.approx((-2, -2 - wide), abs=1e-3)
+    assert two["difference_seeds"] == "1" == two["seeds"]
+    turned = make_rows([cells[2], cells[1]])  # the row has seeds that the first one has not
+    assert (turned[1]["seeds"], turned[1]["difference_seeds"]) == ("0 1", "1")
+    assert "[-10.71, +14.71], of 1 | 0 1 |" in as_markdown(turned, "")
     assert (three["mean"], three["difference"]) == (4, None)  # of other tasks
     lines = as_markdown(rows, "title").splitlines()
     assert lines[0] == "# title" and len([line for line in lines if line.startswith("| dark")]) == 4

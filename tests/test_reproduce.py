@@ -5,64 +5,23 @@ Run: pytest tests/test_reproduce.py
 
 import csv
 import itertools
-import json
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import ROOT, at_home, contents, rewrite, run, start, table
-from tiny import SMALL
+from commands import ROOT, at_home, contents, run, start, table
+from tiny_experiment import but, names
 
-from collect import dataset_folder
 from envs import FAMILIES, get_family
 from experiments.paper import EXPERIMENTS, TABLE_1, variants_of
 from experiments.projection import Trial, in_words, project, sizes
-from experiments.runs import _one_gpu, other_settings, read_record
+from experiments.runs import other_settings, read_record
 from reproduce import Reproduction, given_settings, plan, run_name
 from support import checkpoint
 from support.command_line import check, differences, flags_of, parse_config, preset_config
 from support.files import only_writer, save_json
 from support.settings import flat, with_values
-
-RUN = {"seed", "preset", "eval_every", "eval_episodes", "device", "dtype"}
-
-
-@pytest.fixture
-def tiny(tiny_config, paper_folder, tmp_path, monkeypatch):
-    """The start of a command line: one variant of DPT, tiny, on a dataset that is there."""
-    monkeypatch.chdir(tmp_path)
-    for module in ("pictures.curves", "evaluate"):  # pictures take most of a tiny evaluation
-        monkeypatch.setattr(f"{module}.draw_curve", lambda *_: None)
-    data = {name: getattr(tiny_config.data, name) for name in ("tasks", "datasets", "recipe")}
-    data |= {"data_episodes": 10, "data_queries": 50, "eval_every": 0, "queries": 4}
-    small = {name: value for name, value in SMALL.items() if name not in RUN} | data
-    small |= {"steps": 3, "episodes": 2, "actions": "sample", "temperature": 1.0}
-    line = ["table1", "--envs", "darkroom", "--backbones", "dpt", "--preset", "cpu"]
-    line += ["--variants", "T2MIR", "--repeats", "2", "--trial", "0", "--jobs", "1", "--set"]
-    return line + [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in small.items()]
-
-
-def but(line, *settings) -> list[str]:
-    """A command line that ends in settings, with other values of these."""
-    others = {text.partition("=")[0] for text in settings}
-    return [word for word in line if word.partition("=")[0] not in others] + list(settings)
-
-
-def planned(argv) -> list:
-    """The runs of a command line."""
-    found = dict(zip(argv, [*argv[1:], ""], strict=True))
-    settings = tuple(itertools.takewhile(lambda word: "=" in word, argv[argv.index("--set") + 1 :]))
-    seeds = tuple(map(int, argv[argv.index("--seeds") + 1 :]))
-    command = Reproduction(
-        "table1", ("darkroom",), (found["--backbones"],), ("T2MIR",), seeds, "cpu", settings
-    )
-    return plan(command)[0]
-
-
-def names(argv) -> dict[int, str]:
-    return {run.seed: run.job.name for run in planned(argv)}
 
 
 # ----------------------------------------------------------------------------------- whole commands
@@ -122,57 +81,6 @@ def test_a_killed_command_goes_on_without_repeating_a_finished_run(
         assert said in old.out + old.err, missing
 
 
-def test_a_failing_run_is_named_and_the_others_are_finished(tiny, tmp_path, monkeypatch, capsys):
-    argv = [*tiny, "--seeds", "0", "1"]
-    wrong = names(argv)[0]
-    strange = tmp_path / "runs" / "paper" / wrong / "note.txt"
-    strange.parent.mkdir(parents=True)
-    strange.write_text("somebody else's")
-    with at_home():
-        ended = run("reproduce.py", argv, monkeypatch, capsys)
-    (line,) = [text for text in ended.err.splitlines() if text.startswith("failed: ")]
-    assert ended.code == 1 and "Traceback" not in ended.err
-    assert line.startswith(f"failed: {wrong}: ") and "is not a t2mir run" in line
-    results = tmp_path / "results" / "paper" / "table1"
-    assert table(results)[0]["seeds"] == "1" and "[" in (results / "table.md").read_text()
-
-    strange.unlink()
-    with at_home():
-        ended = run("reproduce.py", argv, monkeypatch, capsys)
-    assert ended.code == 0 and "2 runs, 1 finished" in ended.out, ended.err
-    assert table(results)[0]["seeds"] == "0 1"
-
-
-def test_what_was_run_with_other_settings_is_named_and_kept(tiny, tmp_path, monkeypatch, capsys):
-    """The names of runs say what differs from the preset: of an older preset they are the same."""
-    argv = [*tiny, "--seeds", "0"]
-    with at_home():
-        assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
-    results = tmp_path / "results" / "paper" / "table1"
-    (record,) = results.glob("*.json")
-    rewrite(record, lambda content: content["settings"].update(lr=0.5))
-    before = contents(tmp_path)
-    for more in ([], ["--minutes", "0"]):
-        with at_home():
-            ended = run("reproduce.py", [*argv, *more], monkeypatch, capsys)
-        assert "(lr 0.5 -> 0.001)" in ended.error and "another --results" in ended.error
-        assert contents(tmp_path) == before
-
-    record.unlink()  # how the run was played does not matter: it is played anew
-    config = tmp_path / "runs" / "paper" / names(argv)[0] / "config.json"
-    rewrite(config, lambda content: content["settings"]["play"].update(episodes=7))
-    with at_home():
-        assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
-    assert read_record(record)["settings"]["episodes"] == 2
-
-    record.unlink()  # the run itself is of other settings
-    rewrite(config, lambda content: content["settings"]["training"].update(lr=0.5))
-    with at_home():
-        ended = run("reproduce.py", argv, monkeypatch, capsys)
-    assert ended.code == 1 and "was trained with other settings (lr 0.5 -> 0.001)" in ended.err
-    assert not record.exists()
-
-
 def test_the_results_that_come_along_are_of_todays_presets():
     """All of them, so that their commands find them finished (results/README.md)."""
     for folder in sorted((ROOT / "results" / "paper").iterdir()):
@@ -194,17 +102,6 @@ def test_the_results_that_come_along_are_of_todays_presets():
                 found = records.pop(job.name, None)
                 assert found is None or other_settings(job, found) == [], job.name
         assert records == {}, f"{folder.name}: no run of today has these names"
-
-
-def test_a_dataset_that_cannot_be_made_fails_its_runs_alone(tiny, tmp_path, monkeypatch, capsys):
-    """Its folder is a file."""
-    argv = [*but(tiny, f"datasets={tmp_path / 'data'}"), "--seeds", "0"]
-    (tmp_path / "data").mkdir()
-    dataset_folder(planned(argv)[0].cfg.collection).write_text("no folder")
-    with at_home():
-        ended = run("reproduce.py", argv, monkeypatch, capsys)
-    assert ended.code == 1 and f"failed: {names(argv)[0]}: " in ended.err
-    assert not (tmp_path / "runs").exists()
 
 
 def test_the_projection_and_no_run_after_the_minutes(tiny, tmp_path, monkeypatch, capsys):
@@ -390,23 +287,6 @@ def test_a_wider_single_moe_has_the_active_weights_of_both(preset, backbone):
     found = variants_of("ablation", with_values(base, given))
     assert found["Token-MoE x 3/2"] == {"moe": "token", "token_hidden": 900}
     assert found["Task-MoE x 3/2"] == {"moe": "task", "task_hidden": 2400}
-
-
-def test_every_job_has_a_place_on_a_gpu(tmp_path, monkeypatch):
-    """Three jobs on two GPUs; a place is free again when its job ends."""
-    command = Reproduction("table1", ("darkroom",), ("dpt",), seeds=(0,), preset="cpu")
-    job = replace(plan(command)[0][0].job, here=str(tmp_path), gpus=2, slots=3)
-    for given, want in (("", "0 1 0"), ("5,3", "5 3 5")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        with ExitStack() as stack:
-            found = [stack.enter_context(_one_gpu(job))["CUDA_VISIBLE_DEVICES"] for _ in "abc"]
-            with pytest.raises(OSError, match="all places"), _one_gpu(job):
-                pass
-            assert found == want.split()
-        with _one_gpu(job) as environment:
-            assert environment == {"CUDA_VISIBLE_DEVICES": want.split()[0]}
-    with _one_gpu(replace(job, gpus=0)) as environment:
-        assert environment == {"OMP_NUM_THREADS": "1"}
 
 
 def test_experiments_share_runs_and_settings_tell_them_apart():
