@@ -165,8 +165,8 @@ def as_markdown(rows: list[dict[str, Any]], title: str) -> str:
         pm = "" if row["paper_pm"] is None else f" ± {row['paper_pm']:.1f}"
         of = "" if row["optimum"] is not None else " (t)"
         variant = ", ".join(filter(None, (row["group"], row["variant"])))
-        bounds = (row[f"difference{end}"] for end in ("", "_low", "_high"))
-        difference = _with_interval(*bounds, "+")
+        value, low, high = (row[f"difference{end}"] for end in ("", "_low", "_high"))
+        difference = _with_interval(value, low, high, "+")
         if row["difference_seeds"] not in ("", row["seeds"]):
             difference += f", of {row['difference_seeds']}"
         cells = [

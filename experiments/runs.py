@@ -107,10 +107,11 @@ def other_settings(job: Job, found: dict[str, Any]) -> list[str]:
     wanted = _plain(job.settings)
 
     def same(name: str) -> bool:
-        values = known.get(name), wanted.get(name)
-        if all(str(value).endswith(".py") for value in values):  # two paths of one file
-            values = tuple(Path(job.here, value).resolve() for value in values)
-        return values[0] == values[1]
+        one, other = known.get(name), wanted.get(name)
+        if one == other or not (str(one).endswith(".py") and str(other).endswith(".py")):
+            return one == other
+        here = Path(job.here)  # two paths may be of one file
+        return (here / str(one)).resolve() == (here / str(other)).resolve()
 
     return [
         f"{name} {known.get(name)} -> {wanted.get(name)}"
