@@ -5,7 +5,8 @@ Read beside figures.py.
 
 Fresh: the policy itself plays, as an evaluation does, so that no dataset is needed and nothing of
 it was trained on. A trajectory is one prompt as long as in training, L episodes behind one another,
-of which the first episode (no context yet) is not one. It is then read once, as training reads it.
+of which the first episode (no context yet) is not one. It is then read once, as training reads it:
+AD's episodes stand ascending by return (Algorithm 1), DPT's in the order of play.
 
 Where the paper is silent (Fig. 1, 12, 13 do not say what is embedded): here it is the router's
 logits, G_tok(.|h) of tokens and z = G_task(.|h_bar) of trajectories, h_bar over the whole of tau as
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ad import AD, sort_and_drop
 from data import Prompt
+from dpt import DPTModel, queries_behind
 from evaluate import play
 from methods import Method
 from models import T2MIR
@@ -49,6 +52,8 @@ def fresh(method: Method, tasks: list, plays: int) -> tuple[Prompt, np.ndarray]:
     episodes = method.cfg.training.prompt_length // method.family.horizon  # L
     rows = [task for task in tasks for _ in range(plays)]
     played = play_episodes(method, rows, episodes + 1)[1:]
+    if isinstance(method, AD):  # Algorithm 1, line 6
+        played = sort_and_drop(played, episodes)
     tau, policy = concatenate(played), method.policy(method.cfg.play)
     # with the training data's normalisation, as the weights have learned to read states
     return policy.prompt(tau.states, tau.actions, tau.rewards), np.arange(len(rows)) // plays
@@ -91,11 +96,16 @@ def has_experts(method: Method) -> bool:
 def tokens_of(model: Any, prompt: Prompt) -> tuple[Tensor, View]:
     """tau as the model's first block reads it, and where it stands in the row."""
     x = model.shifted(model.embed_prompt(prompt))  # (M, 3n, D)
-    if getattr(model, "query_last", True):  # AD has no query; one behind the prompt is not seen
-        return x, View(slice(0, x.shape[1]))
-    # DPT, query first: the prompt's tokens see it. As at test time, a state of the task's start.
+    n = x.shape[1]
+    if not isinstance(model, DPTModel):  # AD has no query
+        return x, View(slice(0, n))
+    # DPT: a query, as at test time a state of the task's start
     query = model.embed_query(prompt.states[:, :1])
-    return torch.cat([query, x], 1), View(slice(1, 1 + x.shape[1]))
+    if not model.query_last:  # the prompt's tokens see it
+        return torch.cat([query, x], 1), View(slice(1, 1 + n))
+    # They do not; only a row with a query has a mask, and with it the stretches of --independent.
+    visible = torch.full((len(x), 1), n, device=x.device)
+    return torch.cat([x, query], 1), queries_behind(n, visible, model.stretch)
 
 
 @torch.no_grad()

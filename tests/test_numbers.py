@@ -5,6 +5,7 @@ Run: pytest tests/test_numbers.py
 """
 
 import math
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from drawing import TEST, taught
 from scipy.stats import t, ttest_1samp
-from toys import LAYOUTS, PLANE, ask, cut, draw, method, stir
+from toys import LAYOUTS, PLANE, ask, draw, method, stir
 
 from ad import ADBatch
 from envs import get_family
@@ -20,7 +21,7 @@ from figures import LeftOut
 from pictures.curves import interval, read_returns
 from pictures.gradients import cosine, cosines, groups_of, imitation_gradient, only
 from pictures.numbers import compared, entropy, information, rank_correlation, silhouette
-from pictures.routers import fresh, look
+from pictures.routers import fresh, look, play_episodes
 
 
 # ---------------------------------------------------------------------------------------- intervals
@@ -136,24 +137,31 @@ def test_compared_deals_the_answers_out_anew():
 
 
 # ------------------------------------------------------------------------------------- what is seen
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_look_sees_what_a_training_pass_routes_by(layout):
-    tiny = method(layout, get_family("darkroom"), layers=2, routing="sequence")
-    model = stir(tiny.model)
-    prompt = cut(draw(model, rows=10).prompt, 5)
+@pytest.mark.parametrize(
+    ("layout", "apart"), [*((layout, {}) for layout in LAYOUTS), ("last", {"independent": True})]
+)
+def test_look_sees_what_a_training_pass_routes_by(layout, apart):
+    tiny = method(layout, layers=2, routing="sequence", **apart)
+    model, z = stir(tiny.model), []
+    prompt = draw(model, rows=10).prompt  # two episodes
     before = torch.get_rng_state()
     seen = look(tiny, prompt, batch=4)
     assert torch.equal(before, torch.get_rng_state())
     # query first: a token in front, the start's state; query last: a token behind
-    batch = (
-        ADBatch(prompt, torch.arange(10)) if layout == "ad" else ask(prompt, prompt.states[:, :1])
-    )
+    task = torch.arange(10) // 2
+    if layout == "ad":
+        batch = ADBatch(prompt, task)
+    else:
+        batch = replace(ask(prompt, prompt.states[:, :1]), task=task)
+    router = model.blocks[1].ff.task_router.query
+    router.register_forward_hook(lambda _router, _h_bar, logits: z.append(logits))
     with torch.no_grad():
         top = model(batch).moe
-    tau = slice(1, None) if layout == "first" else slice(0, 15)
+    tau = slice(1, None) if layout == "first" else slice(0, 18)
     assert (seen.tokens.expert == top.token_expert[:, tau, 0].numpy()).all()
     assert len(set(seen.tokens.expert.ravel())) > 1
-    assert seen.tokens.modality.tolist() == [0, 1, 2] * 5
+    assert seen.tokens.modality.tolist() == [0, 1, 2] * 6
+    np.testing.assert_allclose(seen.tasks.z, z[-1], atol=1e-5)  # Eq. 7 comes last: tau alone
     np.testing.assert_allclose(seen.tasks.gate.sum(1), 1, atol=1e-6)
     assert ((seen.tasks.gate > 0).sum(1) == 2).all()
     if layout == "ad":  # the gate of the whole row is that of tau alone
@@ -178,6 +186,23 @@ def test_fresh_trajectories_are_whole_prompts_of_their_tasks():
     inside = torch.arange(199) % 100 != 99
     at_goal = (tau.states[:, 1:] == goal[:, None]).all(-1)
     assert torch.equal(at_goal[:, inside], tau.rewards[:, :-1][:, inside] > 0)
+
+
+@pytest.mark.parametrize("layout", ["ad", "last"])
+def test_fresh_trajectories_have_their_episodes_in_the_order_of_training(layout):
+    """AD: ascending by return, as Algorithm 1 has them; DPT: in any, here that of play."""
+    tiny = method(layout, get_family("point-robot"), env="point-robot", prompt_length=60, layers=1)
+    stir(tiny.model)
+    places = [[0.5, -0.5], [-0.9, 0.2], [0.1, 0.9]]
+    tau, _ = fresh(tiny, places, 2)
+    rewards = tau.rewards.unflatten(1, (3, 20))  # (6, L, T)
+    # the first episode, which no context preceded, is none of them
+    played = play_episodes(tiny, [place for place in places for _ in range(2)], 4)[1:]
+    played = torch.stack([episode.rewards for episode in played], 1)
+    order = played.sum(2).argsort(dim=1)
+    assert not torch.equal(order, torch.arange(3).expand(6, 3))
+    want = played.take_along_dim(order[..., None], 1) if layout == "ad" else played
+    assert torch.equal(rewards, want)
 
 
 # ---------------------------------------------------------------------------------------- gradients
