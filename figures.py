@@ -246,7 +246,7 @@ def router_health(runs: list[Run], out: Path) -> list[Drawn]:
         keys = {}  # of the legend: a column is a style, a run is a colour
         for number, (run, rows) in enumerate(zip(runs, logs, strict=True)):
             for column, style in zip(columns, ("-", "--", ":"), strict=False):
-                here = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+                here = [(int(r["step"]), r[column]) for r in rows if column in r]
                 if here:
                     axis.plot(*zip(*here, strict=True), linestyle=style, color=f"C{number}")
                     keys[column] = key(linestyle=style, color="black", label=column)

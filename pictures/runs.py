@@ -9,6 +9,7 @@ Shapes: S seeds, N tasks, E episodes, M trajectories.
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -96,13 +97,25 @@ class Run:
             raise LeftOut(f"{self.folder} has no {own}: python evaluate.py {self.folder}")
         return read_returns(self.folder / own)
 
-    def log(self) -> list[dict[str, str]]:
-        """The rows of train.csv; none where it is gone."""
+    def log(self) -> list[dict[str, float]]:
+        """The rows of train.csv without empty cells; none where it is gone. Raises LeftOut for a
+        damaged one.
+        """
         path = self.folder / "train.csv"
         if not path.exists():
             return []
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+        damaged = LeftOut(f"{path} is damaged: its rows are not those of a training")
+        try:
+            with open(path, newline="") as file:
+                rows = [
+                    {name: float(cell) for name, cell in row.items() if cell != ""}
+                    for row in csv.DictReader(file)
+                ]
+        except (TypeError, ValueError, csv.Error):  # a TypeError: too few cells, or too many
+            raise damaged from None
+        if not all(row.get("step", math.nan).is_integer() for row in rows):
+            raise damaged
+        return rows
 
     def dataset(self) -> Dataset:
         """What it was trained on. Raises LeftOut where that is not there."""

@@ -230,6 +230,26 @@ def test_router_health_is_what_train_csv_says(tmp_path, saved):
         figures.router_health(runs, tmp_path)
 
 
+def test_a_damaged_train_csv_is_named(tmp_path, monkeypatch, capsys):
+    place = finished(tmp_path / "a")
+    path = place / "train.csv"
+    text = path.read_text()
+    for wrong in (
+        text.replace("step", "stop"),
+        text.replace("0.05", "o.05"),
+        text.replace("\n2,", "\nnan,"),
+        text[: text.rindex(",")],
+        text.strip() + ",7\n",
+        text + ",1,1,1,1,1,1,1\n",
+    ):
+        path.write_text(wrong)
+        flags = [str(place), "--only", "router_health"]
+        said = run_script("figures.py", flags, monkeypatch, capsys).error
+        assert f"{path} is damaged" in said, wrong
+    figures.draw(Figures(runs=(str(place),), out=str(tmp_path), tasks=1, plays=2))
+    assert f"router_health is left out: {path} is damaged" in capsys.readouterr().out
+
+
 def test_points_are_the_same_again_and_take_what_they_get():
     x = np.random.default_rng(0).normal(size=(12, 4))
     assert (points(x) == points(x)).all() and np.isfinite(points(0 * x)).all()
