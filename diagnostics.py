@@ -55,15 +55,21 @@ def modality_counts(token_expert: Tensor, modality: Tensor, experts: int) -> Ten
     return counts
 
 
-def least_share(kept: Tensor, experts: int) -> float:
-    """The least used expert's share of all kept choices; 1 / experts at best, 0 for a dead one."""
-    used = torch.bincount(kept.flatten(), minlength=experts)
-    return (used / used.sum()).min().item()
+def loads(which: str, kept: Tensor, experts: int) -> dict[str, float]:
+    """The load of each expert: its share of all choices kept; the loads sum to 1, of however many
+    k a token keeps. With the least of them (1 / experts at best, 0 for a dead one) and their
+    entropy in bits (log2 experts at best, 0 if one expert has everything).
+    """
+    used = torch.bincount(kept.flatten(), minlength=experts).double()
+    load = used / used.sum()
+    entropy = torch.special.entr(load).sum().item() / math.log(2)  # entr: -p ln p, 0 where p is
+    each = {f"{which}_load_{i}": share for i, share in enumerate(load.tolist(), 1)}
+    return {f"{which}_least": load.min().item(), f"{which}_entropy": entropy, **each}
 
 
 def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
-    """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the least used
-    expert's share of both MoEs, and Eq. 7 and its accuracy on new draws beside chance.
+    """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the loads of the
+    experts of both MoEs, and Eq. 7 and its accuracy on new draws beside chance.
     """
     numbers: dict[str, float] = {}
     moe = output.moe
@@ -71,10 +77,11 @@ def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
         return numbers
     if moe.token_expert is not None:
         counts = modality_counts(moe.token_expert, output.modality, cfg.token_experts)
+        # one number in place of 3 K_1: the share of every modality in every expert's tokens
         numbers["token_mi"] = mutual_information(counts)
-        numbers["token_least"] = least_share(moe.token_expert, cfg.token_experts)
+        numbers |= loads("token", moe.token_expert, cfg.token_experts)
     if moe.task_expert is not None:
-        numbers["task_least"] = least_share(moe.task_expert, cfg.task_experts)
+        numbers |= loads("task", moe.task_expert, cfg.task_experts)
         # Without noise and on other pairs than a batch's. They are not held out: where a prompt is
         # one episode (DPT's are mostly), that episode has been a prompt of training too.
         numbers["contrastive_fresh"] = moe.metrics["info_nce"].item()

@@ -21,7 +21,8 @@ PLACES = {
     "darkroom": (TRAIN, TEST),
     "point-robot": ([[0.5, 0.5], [-0.5, 0.2]], [[0.1, -0.9], [-0.3, -0.3]]),
 }
-HEALTH = "step,token_least,task_least,token_mi,info_nce,accuracy,chance,accuracy_fresh\n"
+OLD = "token_least,task_least,token_mi,info_nce,accuracy,chance,accuracy_fresh"
+LOADS = "token_entropy,task_entropy,token_load_1,token_load_2,token_load_3,token_load_4"
 SMALL = {"layers": 2, "prompt_length": 100, "episodes": 2}
 
 
@@ -35,8 +36,9 @@ def finished(folder, layout="last", env="darkroom", steps=3, step=3, **changes):
     folder.mkdir(parents=True)
     checkpoint.write_config(folder, run)
     checkpoint.save(folder, checkpoint.State(tiny, torch.Generator(), step=step, run=run))
-    rows = (f"{n},0.1,0.05,{0.2 * n},{3 - n},{0.1 * n},0.01,0.1\n" for n in (1, 2, 3))
-    (folder / "train.csv").write_text(HEALTH + "".join(rows))
+    loads = "1.5,2,0.1,0.2,0.3,0.4"
+    rows = (f"{n},0.1,0.05,{0.2 * n},{3 - n},{0.1 * n},0.01,0.1,{loads}\n" for n in (1, 2, 3))
+    (folder / "train.csv").write_text(f"step,{OLD},{LOADS}\n" + "".join(rows))
     return folder
 
 

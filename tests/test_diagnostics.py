@@ -11,10 +11,12 @@ import pytest
 import torch
 from toys import GRID, LAYOUTS, build, coded_dataset, draw, method
 
-from diagnostics import divergence, least_share, modality_counts, mutual_information, probe, routing
+from diagnostics import divergence, loads, modality_counts, mutual_information, probe, routing
 from envs import get_family
 
-ROUTING = {"token_mi", "token_least", "task_least", "contrastive_fresh", "accuracy_fresh", "chance"}
+ROUTING = {"token_mi", "contrastive_fresh", "accuracy_fresh", "chance"}
+ROUTING |= {f"{which}_{name}" for which in ("token", "task") for name in ("least", "entropy")}
+ROUTING |= {f"token_load_{i}" for i in range(1, 5)} | {f"task_load_{i}" for i in range(1, 6)}
 
 
 @pytest.mark.parametrize(
@@ -31,9 +33,16 @@ def test_mutual_information(joint, bits):
     assert mutual_information(torch.tensor(joint)) == pytest.approx(bits, abs=1e-6)
 
 
-def test_least_share():
-    kept = torch.tensor([[0, 1], [0, 2], [0, 1], [2, 1]])  # 3, 3 and 2 choices of 8
-    assert least_share(kept, 3) == pytest.approx(2 / 8) and least_share(kept, 4) == 0
+def test_loads_by_hand():
+    kept = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 1]])  # 4, 3 and 1 choices of 8
+    bits = 0.5 * 1 + 0.375 * math.log2(8 / 3) + 0.125 * 3
+    want = {"token_load_1": 0.5, "token_load_2": 0.375, "token_load_3": 0.125}
+    want |= {"token_least": 0.125, "token_entropy": bits}
+    assert loads("token", kept, 3) == pytest.approx(want)
+    want |= {"token_load_4": 0, "token_least": 0}  # an expert that nobody keeps
+    assert loads("token", kept, 4) == pytest.approx(want)
+    one_each = loads("task", torch.arange(8).repeat(3), 8)
+    assert one_each["task_entropy"] == pytest.approx(3) and one_each["task_least"] == 1 / 8
 
 
 def test_modality_counts_take_the_best_expert_and_leave_queries_out():
@@ -52,9 +61,9 @@ def test_routing_are_numbers_of_the_experts_that_there_are(moe):
     if moe in ("both", "token"):
         counts = modality_counts(layer.token_expert, output.modality, 4)
         want["token_mi"] = mutual_information(counts)
-        want["token_least"] = least_share(layer.token_expert, 4)
+        want |= loads("token", layer.token_expert, 4)
     if moe in ("both", "task"):
-        want["task_least"] = least_share(layer.task_expert, 5)
+        want |= loads("task", layer.task_expert, 5)
         want["contrastive_fresh"] = layer.metrics["info_nce"].item()
         want["accuracy_fresh"] = layer.metrics["accuracy"].item()
         want["chance"] = 1 / 7
@@ -101,6 +110,9 @@ def test_probe_looks_without_changing_anything(layout, moe):
     assert set(numbers) == want and all(math.isfinite(value) for value in numbers.values())
     if moe == "both":
         assert 0 <= numbers["token_mi"] <= math.log2(3) and 0 <= numbers["token_least"] <= 1 / 4
+        for which in ("token", "task"):
+            each = [numbers[name] for name in numbers if name.startswith(f"{which}_load")]
+            assert sum(each) == pytest.approx(1) and min(each) == numbers[f"{which}_least"]
         # two draws of each of eight tasks
         assert numbers["chance"] == 1 / 15 and 0 <= numbers["accuracy_fresh"] <= 1
     if want:

@@ -3,6 +3,7 @@
 Run: pytest tests/test_figures.py
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,16 +216,26 @@ def test_router_health_is_what_train_csv_says(tmp_path, saved):
     rows = check_picture(figures.router_health(runs, tmp_path)[0])
     found = {(r["column"], r["step"]): float(r["value"]) for r in rows}
     assert found["token_mi", "3"] == pytest.approx(0.6) and found["info_nce", "1"] == 2
-    assert len(found) == 3 * 7
-    shares = saved[0].axes[0]
-    assert words_of(shares.get_legend()) == ["token_least", "1/K: all alike", "task_least"]
-    level = [y[0] for line in shares.lines if len(y := line.get_ydata()) == 2]  # of a whole width
-    assert level == pytest.approx([1 / 4, 1 / 5])
+    assert len(found) == 3 * 13
+    loads, shares, entropies, *_ = saved[0].axes
+    assert len(saved[0].axes) == 6  # there is no load of a task expert
+    assert [line.get_ydata()[-1] for line in loads.lines] == [0.1, 0.2, 0.3, 0.4, 1 / 4]
+    assert loads.lines[-1].get_linestyle() == ":"
+    assert [line.get_ydata()[-1] for line in shares.lines] == [0.1, 1 / 4, 0.05, 1 / 5]
+    assert [line.get_ydata()[-1] for line in entropies.lines] == [1.5, 2, 2, math.log2(5)]
+    assert words_of(entropies.get_legend()) == [
+        "token_entropy", "log2 K of token experts", "task_entropy", "log2 K of task experts",
+    ]  # fmt: skip
     assert words_of(saved[0].legends[0]) == ["a"]
     two = [*runs, *figures.open_runs(Figures(runs=(str(finished(tmp_path / "b", seed=1)),)))]
+    path = tmp_path / "a" / "train.csv"  # as an older version has written it
+    path.write_text("\n".join(",".join(r.split(",")[:8]) for r in path.read_text().split()) + "\n")
     (drawn,) = figures.router_health(two, tmp_path)
     assert drawn.stem.name == "router_health-darkroom" and words_of(saved[1].legends[0]) == [*"ab"]
-    assert len(table(f"{drawn.stem}.csv")) == 2 * 3 * 7
+    assert len(table(f"{drawn.stem}.csv")) == 3 * (7 + 13)
+    figures.router_health(runs, tmp_path)
+    titles = ["least used", "I(token", "accuracy", "loss"]
+    assert all(a.get_title().startswith(t) for a, t in zip(saved[2].axes, titles, strict=True))
     (tmp_path / "a" / "train.csv").unlink()
     with pytest.raises(LeftOut, match=r"train\.csv"):
         figures.router_health(runs, tmp_path)
@@ -240,7 +251,7 @@ def test_a_damaged_train_csv_is_named(tmp_path, monkeypatch, capsys):
         text.replace("\n2,", "\nnan,"),
         text[: text.rindex(",")],
         text.strip() + ",7\n",
-        text + ",1,1,1,1,1,1,1\n",
+        text + 13 * ",1" + "\n",
     ):
         path.write_text(wrong)
         flags = [str(place), "--only", "router_health"]

@@ -28,8 +28,9 @@ from tools.bench import learning
 # fmt: off
 COLUMNS = [
     "step", "seconds", "tokens_per_s", "lr", "loss", "imitation", "balance", "contrastive",
-    "info_nce", "accuracy", "grad_norm", "token_mi", "token_least", "task_least",
-    "contrastive_fresh", "accuracy_fresh", "chance",
+    "info_nce", "accuracy", "grad_norm", "token_mi", "token_least", "token_entropy",
+    *(f"token_load_{i}" for i in range(1, 5)), "task_least", "task_entropy",
+    *(f"task_load_{i}" for i in range(1, 5)), "contrastive_fresh", "accuracy_fresh", "chance",
 ]
 KL, RETURNS = ["kl_reward", "kl_no_reward"], ["return_test", "return_train"]
 # fmt: on
