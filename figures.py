@@ -10,7 +10,8 @@ Read beside evaluate.py. Nothing is trained here.
 One function a figure, named after it; `router_health` is no figure of the paper. Runs of equal
 settings but for the seed are one line. Runs that differ in a setting say so in the legend: figure3
 of runs with other experts, weights or places of the MoE is Fig. 6, 8, 9 or 10. The numbers stand in
-pictures/numbers.py, what routers see in routers.py, gradients in gradients.py, the page in page.py.
+pictures/numbers.py, what routers see in routers.py and over training in health.py, gradients in
+gradients.py, the page in page.py.
 
 Differs from the paper: Fig. 3's interval is over seeds alone; the pictures of Sec. 5.4 come with
 the numbers that they can hide. Where it does not say what it draws, the file above does.
@@ -23,19 +24,16 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C should n
 
     at_once()
 
-import math
-import re
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pictures.assignments import draw_assignments
 from pictures.curves import interval, pyplot, save
 from pictures.gradients import TRIANGLES, cosines, draw_triangles, kind_of
+from pictures.health import draw_health
 from pictures.page import write_page
 from pictures.routers import has_experts
 from pictures.runs import Drawn, Figures, LeftOut, Run, lines_of, open_runs, stacked
@@ -227,86 +225,13 @@ def draw_probabilities(run: Run, stem: Path) -> Drawn:
 
 
 # ------------------------------------------------------------------------------------ over training
-HEALTH = {  # a panel: its title, the columns of train.csv that it shows
-    "load of each token expert": ("token_load",),  # token_load_1, token_load_2, ...
-    "load of each task expert": ("task_load",),
-    "least used expert's share": ("token_least", "task_least"),
-    "entropy of the loads, bits": ("token_entropy", "task_entropy"),
-    "I(token expert; modality), bits": ("token_mi",),
-    "accuracy of Eq. 7": ("accuracy", "accuracy_fresh", "chance"),
-    "loss of Eq. 7, nats": ("info_nce", "contrastive_fresh"),
-}
-STYLES = (("-", ":"), ("--", "-."), (":", ""))  # of a panel's columns, and of the level of each
-
-
-def series(rows: list[dict[str, float]], name: str) -> dict[str, list[tuple[int, float]]]:
-    """{column: its (step, value)s} of a name in HEALTH; none where the file does not have it."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for column in row:
-            if re.fullmatch(rf"{name}(_\d+)?", column):
-                found.setdefault(column, []).append((int(row["step"]), row[column]))
-    return found
-
-
-def levels(run: Run) -> dict[str, tuple[str, float]]:
-    """{name in HEALTH: its value where all experts are used alike, in words and as a number}."""
-    found = {}
-    for which in ("token", "task"):
-        k = getattr(run.method.cfg.model, f"{which}_experts")
-        found[f"{which}_load"] = ("1/K", 1 / k)
-        found[f"{which}_least"] = (f"1/K of {which} experts", 1 / k)
-        found[f"{which}_entropy"] = (f"log2 K of {which} experts", math.log2(k))
-    return found
-
-
 def router_health(runs: list[Run], out: Path) -> list[Drawn]:
     """Routers over training, from train.csv: not in the paper, but the first thing to look at when
-    experts do not specialise. `fresh`: on new draws of the training data, without noise.
-
-    What older files do not have is left out.
+    experts do not specialise.
     """
-    runs, table, plt = with_experts(runs), [], pyplot()
-    logs = [run.log() for run in runs]
-    panels = {
-        title: [[series(rows, name) for name in names] for rows in logs]
-        for title, names in HEALTH.items()
-    }
-    panels = {title: of for title, of in panels.items() if any(map(any, of))}
-    if not panels:
-        raise LeftOut("train.csv of these runs knows nothing of routers")
-    key: Any = partial(plt.Line2D, [], [])  # an entry of a legend
-    wide = max(2, math.ceil(len(panels) / 2))
-    figure, axes = plt.subplots(2, wide, figsize=(4.2 * wide, 7), layout="constrained")
-    for axis, (title, of) in zip(axes.flat, panels.items(), strict=False):
-        keys = {}  # of the legend: a column is a style, a run is a colour
-        for number, (run, here) in enumerate(zip(runs, of, strict=True)):
-            for name, columns, (style, level) in zip(HEALTH[title], here, STYLES, strict=False):
-                for column, points in columns.items():
-                    axis.plot(*zip(*points, strict=True), linestyle=style, color=f"C{number}")
-                    keys[name] = key(linestyle=style, color="black", label=name)
-                    about = {"run": run.name, "column": column}
-                    table += [about | {"step": step, "value": value} for step, value in points]
-                if columns and name in levels(run):
-                    said, value = levels(run)[name]
-                    axis.axhline(value, linestyle=level, color="gray", linewidth=1)
-                    keys[said] = key(linestyle=level, color="gray", linewidth=1, label=said)
-        axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0)
-        axis.legend(handles=list(keys.values()), fontsize=6)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
-    colours = [key(color=f"C{n}", label=run.name) for n, run in enumerate(runs)]
-    figure.legend(handles=colours, loc="outside lower center", fontsize=7, ncols=2)
+    runs = with_experts(runs)
     name = runs[0].name if len(runs) == 1 else runs[0].method.family.name
-    stem = out / f"router_health-{name}"
-    save(figure, stem, table)
-    return [
-        Drawn(
-            stem,
-            "Columns of train.csv; those that end in _fresh: on new draws of the training data.",
-        )
-    ]
+    return [draw_health(runs, out / f"router_health-{name}")]
 
 
 # ---------------------------------------------------------------------------------------- all of it
