@@ -59,7 +59,7 @@ class Figures:
     env: Text | None = None
     """The runs' family where it is a file of your own."""
     backbone: Text | None = None
-    """The runs' method where it is a file of your own."""
+    """The method's file, of those runs whose method is one of your own."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ def open_runs(settings: Figures) -> list[Run]:
         raise ValueError("name the runs first: python figures.py runs/... runs/...")
     runs: list[Run] = []
     for place in settings.runs:
-        files = {"env": settings.env, "backbone": settings.backbone}
+        files = {"env": settings.env, "backbone": method_of(place, settings.backbone)}
         method, header = checkpoint.load_method(place, torch.device("cpu"), **files)
         steps = method.cfg.training.steps
         if header.step < steps:
@@ -160,7 +160,16 @@ def open_runs(settings: Figures) -> list[Run]:
                     f"{other.folder} and {place} have equal settings and the same seed: name one"
                 )
         runs.append(run)
+    if settings.backbone not in (None, *(run.method.cfg.backbone for run in runs)):
+        raise ValueError(f"--backbone {settings.backbone}: none of these runs is of it")
     return runs
+
+
+def method_of(place: str, given: str | None) -> str | None:
+    """What of --backbone a run is told: a method's file is not for runs of T2MIR beside it."""
+    own = checkpoint.read_run(place)["settings"].get("backbone")
+    built_in = isinstance(own, str) and not own.endswith(".py")
+    return None if given and given.endswith(".py") and built_in else given
 
 
 @dataclass

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
+from commands import ROOT
 from commands import run as run_script
 from drawing import check_picture, finished, made_up, table, taught, words_of
 from toys import PLANE, coded_dataset, draw, stir
@@ -317,6 +319,25 @@ def test_runs_of_one_name_have_pictures_of_their_own(tmp_path):
     for run in runs:
         run.settings = Figures(tuple(paths))
     assert [run.name for run in runs] == ["a-x-run", "b-x-run", "other"]
+
+
+def test_runs_of_a_users_method_are_drawn_beside_t2mir(tmp_path, monkeypatch):
+    dpt = finished(tmp_path / "dpt")
+    monkeypatch.setitem(toys.BACKBONES, "ad", str(ROOT / "tests" / "forks" / "bc.py"))
+    own = finished(tmp_path / "own", "ad")
+    moved = tmp_path / "bc.py"  # the file of that name: a folder may have moved
+    moved.write_text((ROOT / "tests" / "forks" / "bc.py").read_text())
+    runs = figures.open_runs(Figures((str(dpt), str(own)), backbone=str(moved)))
+    assert [run.method.cfg.backbone for run in runs] == ["dpt", str(moved)]
+    assert type(runs[1].method).__name__ == "BehaviourCloning"
+    for named, backbone, message in (
+        ((dpt, own), None, r"bc\.py: name it yourself"),
+        ((dpt, own), "other.py", r"bc\.py, not of other\.py"),
+        ((dpt,), str(moved), "none of these runs"),
+        ((dpt,), "ad", "of --backbone dpt, not of ad"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figures.open_runs(Figures(tuple(map(str, named)), backbone=backbone))
 
 
 # -------------------------------------------------------------------------------------- wrong input
