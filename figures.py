@@ -153,21 +153,30 @@ def with_experts(runs: list[Run]) -> list[Run]:
 
 
 def figure7(runs: list[Run], out: Path) -> list[Drawn]:
-    """Cosines of gradients between groups of tasks (Fig. 7), a picture for each backbone: above the
-    diagonal networks with experts (MoE), below those without (MLP).
+    """Cosines of gradients between groups of tasks (Fig. 7), of Mixed data, a picture for each two
+    lines that differ in `moe` alone: above the diagonal with experts (MoE), below without (MLP).
 
-    The picture has means over runs, which the CSV has one by one.
+    The picture has means over seeds, which the CSV has one by one. Where no two lines are such,
+    each is half a picture.
     """
-    drawn = []
-    for backbone in dict.fromkeys(run.method.cfg.backbone for run in runs):
+    groups: dict[str, list[Run]] = {}
+    for run in chosen(runs, "mixed", ablations=False):
+        alike = {name: value for name, value in run.line().items() if name != "moe"}
+        groups.setdefault(repr(alike), []).append(run)
+    if not groups:
+        raise LeftOut("no run of a whole method on Mixed data")
+    drawn, compared = [], [g for g in groups.values() if len({kind_of(r.method) for r in g}) > 1]
+    some = compared or list(groups.values())
+    backbones = [Path(group[0].method.cfg.backbone).stem for group in some]
+    for backbone, group in zip(backbones, some, strict=True):
         rows = []
-        for run in runs:
-            if run.method.cfg.backbone == backbone:
-                about = {"run": run.name, "network": kind_of(run.method)}
-                rows += [
-                    about | row for row in cosines(run.method, run.dataset(), run.settings.prompts)
-                ]
-        name = f"{runs[0].method.family.name}-{Path(backbone).stem}"
+        for run in group:
+            about = {"run": run.name, "network": kind_of(run.method)}
+            found = cosines(run.method, run.dataset(), run.settings.prompts)
+            rows += [about | row for row in found]
+        name = f"{runs[0].method.family.name}-{backbone}"
+        if backbones.count(backbone) > 1:
+            name += f"-{group[0].name}"
         stem = out / f"figure7-{name}"
         save(draw_triangles(rows, name), stem, rows)
         drawn.append(Drawn(stem, TRIANGLES))

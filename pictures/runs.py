@@ -192,15 +192,17 @@ def lines_of(runs: list[Run]) -> list[tuple[str, list[Run]]]:
     named = []
     for group in groups:
         name, own = group[0].method.label, group[0].line()
+        halves = [half for half in HALVES if own.get("moe", "both") not in (half, "both")]
+        absent = {f"{half}_{size}" for half in halves for size in ("experts", "hidden", "top_k")}
         differ = set()
         for other in (g[0] for g in groups if g[0].line()["backbone"] == own["backbone"]):
             line = other.line()
-            # methods of different names are those that `moe` chooses: said already
-            known = {"moe"} if other.method.label != name else set()
-            differ |= {k for k in own if own[k] != line.get(k)} - known
-        # the size of a half that it does not have says nothing of it
-        halves = [half for half in HALVES if own.get("moe", "both") not in (half, "both")]
-        differ -= {f"{half}_{size}" for half in halves for size in ("experts", "hidden", "top_k")}
+            unlike = {k for k in own if own[k] != line.get(k)}
+            if other.method.label != name:
+                # methods of different names are those that `moe` chooses: said already, and the
+                # size of a half that this one does not have says nothing of it
+                unlike -= {"moe", *absent}
+            differ |= unlike
         said = ", ".join(f"{k} {own[k]}" for k in own if k in differ)
         named.append((f"{name} ({said})" if said else name, group))
     return named

@@ -94,6 +94,8 @@ def test_a_legend_leaves_out_the_size_of_what_a_line_does_not_have(tmp_path):
         "T2MIR-AD w/o Task-MoE (token_hidden 48)",
         "AD",
     ]
+    runs = [made_up(tmp_path, moe="none", task_hidden=hidden) for hidden in (40, 45)]
+    assert [label for label, _ in lines_of(runs)] == ["AD (task_hidden 40)", "AD (task_hidden 45)"]
 
 
 def test_returns_are_those_of_the_runs_own_play(tmp_path):
@@ -215,6 +217,32 @@ def test_figure7_sets_experts_above_the_diagonal_and_none_below(tmp_path, saved)
             assert cells[(0, 1) if run.name == "both" else (1, 0)] == pytest.approx(value)
             assert f"{value:.2f}" in [text.get_text() for text in axis.texts]
     assert "quarter" not in saved[0].get_supxlabel()
+
+
+def test_figure7_compares_what_differs_in_moe_alone(tmp_path, saved, monkeypatch):
+    """Of seeds it is the mean; halves, other weights and other data are no part of it."""
+
+    def of_seed(method, *_):
+        value = 0.1 * (1 + method.cfg.seed) * (1 if method.cfg.model.moe == "both" else -1)
+        pairs = (("I", "II"), ("II", "II"))
+        return [{"parameters": "all", "a": a, "b": b, "cosine": value} for a, b in pairs]
+
+    monkeypatch.setattr(figures, "cosines", of_seed)
+    monkeypatch.setattr(Run, "dataset", lambda _run: None)
+    more = {"s0": {}, "s1": {"seed": 1}, "none": {"moe": "none", "seed": 2}}
+    more |= {"half": {"moe": "token"}, "weight": {"w_contrastive": 0.1}}
+    more |= {"medium": {"quality": "medium"}}
+    runs = [made_up(tmp_path / name, **changes) for name, changes in more.items()]
+    (drawn,) = figures.figure7(runs, tmp_path)
+    assert drawn.stem.name == "figure7-toy-plane-ad"
+    assert [row["run"] for row in table(f"{drawn.stem}.csv")[::2]] == ["s0", "s1", "none"]
+    cells = saved[0].axes[0].images[0].get_array()
+    assert [cells[0, 1], cells[1, 0]] == pytest.approx([0.15, -0.3])
+    alone = figures.figure7([run for run in runs if run.name != "none"], tmp_path)
+    names = [f"figure7-toy-plane-ad-{name}" for name in ("s0", "weight")]
+    assert [drawn.stem.name for drawn in alone] == names
+    with pytest.raises(LeftOut, match="whole method on Mixed"):
+        figures.figure7(runs[-1:], tmp_path)
 
 
 def test_router_health_is_what_train_csv_says(tmp_path, saved):
