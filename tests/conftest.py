@@ -126,3 +126,14 @@ def paper_data(paper_folder):
 @pytest.fixture(scope="session")
 def explore_data(explore_folder):
     return load_dataset(explore_folder)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, as matplotlib holds them."""
+    from pictures.curves import save
+
+    found = []
+    for place in ("figures", "pictures.assignments", "pictures.health"):
+        monkeypatch.setattr(f"{place}.save", lambda *what: (found.append(what[0]), save(*what)))
+    return found

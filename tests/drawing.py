@@ -68,6 +68,14 @@ def words_of(legend) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
+def sides_of(band) -> list[float]:
+    """What fill_between has drawn: its low side, then its high one."""
+    vertices = band.get_paths()[0].vertices
+    places = sorted({x for x, _ in vertices})
+    heights = [[y for x, y in vertices if x == place] for place in places]
+    return [*map(min, heights), *map(max, heights)]
+
+
 def check_picture(drawn) -> list[dict]:
     """PNG and PDF are there, and not empty; the rows of the CSV beside them."""
     place = drawn.stem

@@ -3,44 +3,30 @@
 Run: pytest tests/test_figures.py
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import toys
 from commands import ROOT
 from commands import run as run_script
-from drawing import check_picture, finished, made_up, table, taught, words_of
-from toys import PLANE, coded_dataset, draw, stir
+from drawing import check_picture, finished, made_up, sides_of, table, taught, words_of
+from toys import PLANE, draw, stir
 
 import figures
-from contrastive import eq7_pairs
-from data import draw_tasks
 from figures import FIGURES, LeftOut
 from pictures.colours import colour_of_tasks, points
 from pictures.curves import interval
 from pictures.gradients import cosines
-from pictures.health import chance_in_a_batch
 from pictures.numbers import information, rank_correlation, silhouette
 from pictures.routers import TasksSeen, look
 from pictures.runs import Figures, Run, lines_of
 from support import checkpoint
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures that are saved, as matplotlib holds them."""
-    found, save = [], figures.save
-    for place in ("figures", "pictures.assignments", "pictures.health"):
-        monkeypatch.setattr(f"{place}.save", lambda *what: (found.append(what[0]), save(*what)))
-    return found
-
-
 # -------------------------------------------------------------------------------------- the figures
-def test_curves_have_a_line_for_settings_and_an_interval_over_seeds(tmp_path):
+def test_curves_have_a_line_for_settings_and_an_interval_over_seeds(tmp_path, saved):
     rng = np.random.default_rng(0)
     values = {name: rng.normal(size=(3, 4)) for name in ("s0", "s1", "none", "wide")}
     more = {"s0": {}, "s1": {"seed": 1}, "none": {"moe": "none"}, "wide": {"w_contrastive": 0.1}}
@@ -58,6 +44,15 @@ def test_curves_have_a_line_for_settings_and_an_interval_over_seeds(tmp_path):
         assert (row["episode"], row["seeds"], row["tasks"]) == (str(e + 1), "2", "3")
         got = [float(row[name]) for name in ("mean", "low", "high")]
         assert got == pytest.approx([seeds[:, :, e].mean(), low[e], high[e]], rel=1e-4)
+    (axis,) = saved[0].axes  # what the CSV says is what is drawn
+    assert words_of(axis.get_legend())[0] == "T2MIR-AD (w_contrastive 0.01), 2 seeds"
+    for number, (line, band) in enumerate(zip(axis.lines, axis.collections, strict=True)):
+        mean, low, high = (
+            [float(row[name]) for row in rows[4 * number : 4 * number + 4]]
+            for name in ("mean", "low", "high")
+        )
+        assert line.get_ydata() == pytest.approx(mean, rel=1e-4)
+        assert sides_of(band) == pytest.approx([*low, *high], rel=1e-4)
     assert len(rows) == 12
     rows = check_picture(figures.figure4(runs, tmp_path)[0])
     assert {row["panel"] for row in rows} == {"AD"} and len({row["line"] for row in rows}) == 3
@@ -151,6 +146,10 @@ def test_figure13_is_the_mean_gate_of_each_task(tmp_path, saved):
     assert words_of(axis.get_legend()) == [*named, "held-out", "trained on"]
     inside = axis.collections[0].get_facecolors()[:, :3]  # a marker each of 0.1, 0.5, 1.1, 2.0
     assert (inside == 1).all(1).tolist() == [False, True, False, True]
+    held_out, trained = (dots.get_facecolor()[0, :3].max() for dots in axis.collections[-2:])
+    assert (held_out, trained) == (0, 1)  # in the legend: black inside, white inside
+    used = [row for row in rows if row["expert"] == "5"]
+    assert axis.lines[4].get_ydata() == pytest.approx([float(r["gate"]) for r in used], rel=1e-4)
     with pytest.raises(LeftOut, match="no run with"):
         figures.figure13([made_up(tmp_path, moe="none")], tmp_path)
     with pytest.raises(LeftOut, match="task experts"):
@@ -160,6 +159,16 @@ def test_figure13_is_the_mean_gate_of_each_task(tmp_path, saved):
 def look_alike(gate):
     tasks = TasksSeen(z=np.log(gate), gate=gate, expert=gate.argmax(1), untrained=[gate[::-1]])
     return type("Seen", (), {"tokens": None, "tasks": tasks})()
+
+
+def check_dots(axis, rows, named):
+    """A legend's entry stands for the points of the CSV's rows of that name, and no others."""
+    assert {dots.get_label() for dots in axis.collections} == set(named)
+    assert sorted(words_of(axis.get_legend())) == sorted(set(named))
+    for dots in axis.collections:
+        own = [row for row, name in zip(rows, named, strict=True) if name == dots.get_label()]
+        want = [[float(row["x"]), float(row["y"])] for row in own]
+        np.testing.assert_allclose(dots.get_offsets(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "moe"), [("figure1", "both"), ("figure12", "task")])
@@ -174,8 +183,16 @@ def test_expert_assignments(tmp_path, saved, name, moe):
     rows, numbers = check_picture(drawn), table(f"{drawn.stem}-numbers.csv")
     trajectories = [row for row in rows if row["of"] == "trajectory"]
     assert [int(row["expert"]) - 1 for row in trajectories] == seen.tasks.expert.tolist()
-    shown = [sum(len(dots.get_offsets()) for dots in axis.collections) for axis in saved[0].axes]
-    assert shown[: 3 if moe == "both" else 1] == [len(rows) - 12] * (2 * (moe == "both")) + [12]
+    for axis in saved[0].axes[: 3 if moe == "both" else 1]:  # the panels; then a key
+        shown = trajectories
+        kind = {"test": "held-out", "train": "trained on"}
+        named = [kind[row["split"]] for row in shown]
+        if axis.get_title().startswith("tokens by"):
+            shown = [row for row in rows if row["of"] == "token"]
+            named = [row["modality"] for row in shown]
+            if axis.get_title() == "tokens by expert":
+                named = [f"expert {row['expert']}" for row in shown]
+        check_dots(axis, shown, named)
     assert [row["task"] for row in trajectories[::3]] == ["0.9", "0.8", "0.2", "0.4"]
     found = {row["number"]: float(row["trained"]) for row in numbers}
     want = {"I(task expert; task), bits": information(seen.tasks.expert, task)}
@@ -243,81 +260,6 @@ def test_figure7_compares_what_differs_in_moe_alone(tmp_path, saved, monkeypatch
     assert [drawn.stem.name for drawn in alone] == names
     with pytest.raises(LeftOut, match="whole method on Mixed"):
         figures.figure7(runs[-1:], tmp_path)
-
-
-def test_router_health_is_what_train_csv_says(tmp_path, saved):
-    runs = figures.open_runs(Figures(runs=(str(finished(tmp_path / "a")),)))
-    rows = check_picture(figures.router_health(runs, tmp_path)[0])
-    found = {(r["column"], r["step"]): float(r["value"]) for r in rows}
-    assert found["token_mi", "3"] == pytest.approx(0.6) and found["info_nce", "1"] == 2
-    assert found["accuracy at chance in a batch", ""] == pytest.approx(1 / 3, rel=1e-4)
-    assert len(found) == 3 * 12 + 8  # levels
-    loads, shares, entropies, _, accuracies, losses = saved[0].axes
-    for axis, want in (  # the columns' last rows, and where each would be by chance
-        (loads, [0.1, 0.2, 0.3, 0.4, 1 / 4]),  # there is no load of a task expert
-        (shares, [0.1, 1 / 4, 0.05, 1 / 5]),
-        (entropies, [1.5, 2, 2, math.log2(5)]),
-        (accuracies, [0.3, 1 / 3, 0.1, 0.01]),  # a batch of four
-        (losses, [0, math.log(3)]),
-    ):
-        assert [line.get_ydata()[-1] for line in axis.lines] == pytest.approx(want)
-    assert loads.lines[-1].get_linestyle() == ":"
-    assert words_of(accuracies.get_legend()) == [
-        "accuracy", "chance in a batch", "accuracy_fresh", "chance on fresh draws",
-    ]  # fmt: skip
-    assert words_of(saved[0].legends[0]) == ["a"]
-    two = [*runs, *figures.open_runs(Figures(runs=(str(finished(tmp_path / "b", seed=1)),)))]
-    path = tmp_path / "a" / "train.csv"  # as an older version has written it
-    path.write_text("\n".join(",".join(r.split(",")[:8]) for r in path.read_text().split()) + "\n")
-    (drawn,) = figures.router_health(two, tmp_path)
-    assert drawn.stem.name == "router_health-darkroom" and words_of(saved[1].legends[0]) == [*"ab"]
-    assert len(table(f"{drawn.stem}.csv")) == 3 * (6 + 12) + 5 + 8
-    figures.router_health(runs, tmp_path)
-    titles = ["least used", "I(token", "accuracy", "loss"]
-    assert all(a.get_title().startswith(t) for a, t in zip(saved[2].axes, titles, strict=True))
-    (tmp_path / "a" / "train.csv").unlink()
-    with pytest.raises(LeftOut, match=r"train\.csv"):
-        figures.router_health(runs, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("keys", "batch", "draws"),  # 32 rows: of eight tasks, two rounds
-    [
-        ("all", 4, 2),
-        ("all", 32, 2),
-        ("all", 8, 4),
-        ("all", 8, 1),
-        ("other", 8, 2),
-        ("other", 32, 2),
-    ],
-)
-def test_chance_in_a_batch_is_that_of_its_pairs(tmp_path, keys, batch, draws):
-    split = ([[0.1 * n] for n in range(8)], [])
-    run = made_up(tmp_path, split=split, batch=batch, draws=draws, keys=keys)
-    task = draw_tasks(coded_dataset(tasks=8), batch, draws, torch.Generator().manual_seed(0))
-    keys_of, positives = eq7_pairs(task, keys)
-    want = (positives.sum() / keys_of.sum()).item()
-    assert chance_in_a_batch(run) == pytest.approx(want)
-
-
-def test_a_damaged_train_csv_is_named(tmp_path, monkeypatch, capsys):
-    place = finished(tmp_path / "a")
-    path = place / "train.csv"
-    text = path.read_text()
-    for wrong in (
-        text.replace("step", "stop"),
-        text.replace("0.05", "o.05"),
-        text.replace("\n2,", "\nnan,"),
-        text[: text.rindex(",")],
-        text.strip() + ",7\n",
-        text + 13 * ",1" + "\n",
-    ):
-        path.write_text(wrong)
-        flags = [str(place), "--only", "router_health"]
-        said = run_script("figures.py", flags, monkeypatch, capsys).error
-        assert f"{path} is damaged" in said, wrong
-    figures.draw(Figures(runs=(str(place),), out=str(tmp_path), tasks=1, plays=2))
-    assert f"router_health is left out: {path} is damaged" in capsys.readouterr().out
 
 
 def test_points_are_the_same_again_and_take_what_they_get():

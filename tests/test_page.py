@@ -15,7 +15,9 @@ from drawing import (
     finished,
     has_colours,
     made_up,
+    sides_of,
     table,
+    words_of,
 )
 from matplotlib.image import imread
 from toys import config, stir
@@ -25,7 +27,7 @@ from data import Prompt
 from envs import get_family
 from evaluate import Evaluation, evaluate_run, play_all
 from families.darkroom import walk
-from pictures.curves import curve_figure, read_returns
+from pictures.curves import curve_figure, interval, read_returns
 from pictures.frames import draw_frames
 from pictures.page import ceiling, write_page
 from pictures.rooms import darkroom, draw_rooms
@@ -135,6 +137,18 @@ def test_the_ceiling_of_a_page_is_that_of_an_evaluation(drawn, tmp_path, monkeyp
     write_page(run, {}, tmp_path / "r.html")
     assert seen[0][-2].tolist() == want.tolist()
     assert ceiling(made_up(tmp_path), 2) == (None, "")
+
+
+def test_a_curve_is_the_mean_over_tasks_and_its_interval():
+    returns = np.array([[1.0, 2.0, 9.0], [3.0, 8.0, 7.0], [5.0, 2.0, 5.0]])  # three tasks
+    lines = {"optimum": 11.0, "teacher": None, "paper": 6.5, "random": 0.5}
+    (axis,) = curve_figure("title", returns, lines, np.array([4.0, 5.0, 6.0]), "exact").axes
+    low, high = interval(returns[None])
+    assert axis.lines[0].get_ydata().tolist() == [3, 4, 7]
+    assert sides_of(axis.collections[0]) == pytest.approx([*low, *high])
+    assert [line.get_ydata()[0] for line in axis.lines[1:]] == [4, 11, 6.5, 0.5]
+    named = ["exact", "optimum 11.0", "paper 6.5", "random 0.5"]
+    assert words_of(axis.get_legend()) == ["this run, 95 % over tasks", *named]
 
 
 # --------------------------------------------------------------------------------------- at play
