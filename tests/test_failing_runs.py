@@ -8,6 +8,7 @@ from dataclasses import replace
 from shutil import copy
 
 import pytest
+import torch
 from commands import ROOT, at_home, contents, rewrite, run, table
 from tiny_experiment import but, names, planned
 
@@ -191,3 +192,15 @@ def test_every_job_has_a_place_on_a_gpu(tmp_path, monkeypatch):
             assert environment == {"CUDA_VISIBLE_DEVICES": want.split()[0]}
     with _one_gpu(replace(job, gpus=0), asked) as environment:
         assert environment == {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_certain_gpu_is_refused(monkeypatch):
+    """Runs are spread over those there are; each sees its own as the first."""
+    monkeypatch.setattr("reproduce.resolve_device", torch.device)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    command = Reproduction("table1", ("darkroom",), ("dpt",), preset="cpu", set=("device=cuda:1",))
+    with pytest.raises(ValueError, match="device=cuda:1: a run takes any GPU") as error:
+        plan(command)
+    assert "\n" not in str(error.value)
+    jobs_of = plan(replace(command, set=("device=cuda",)))[0]
+    assert {run.job.gpus for run in jobs_of} == {2}

@@ -300,6 +300,10 @@ def test_ray_names_a_killed_worker(monkeypatch):
     ) as error:
         run_jobs(raising, ["", ""], 1, "local")
     assert "\n" not in str(error.value) and ended
+    # where a job may be lost, the others go on
+    monkeypatch.setattr(ray, "get", lambda job: get(job) if job[1] == "a" else job[1])
+    lost, kept = run_jobs(raising, ["a", "b"], 1, "local", lost=str)
+    assert lost == str(error.value) and kept == "b"
 
 
 @needs_ray

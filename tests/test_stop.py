@@ -54,6 +54,18 @@ def test_while_a_script_works(number, capsys):
     assert [signal.getsignal(n) for n in ASKED] == before
 
 
+def test_what_a_library_makes_of_ctrl_c_is_the_same_line(capsys):
+    """Ray raises an interrupt of its own in place of ours."""
+
+    def work():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        one_line(work, "the same command continues")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+
+
 @pytest.mark.parametrize("number", ASKED)
 def test_while_it_trains_it_is_noted_and_the_step_goes_on(number):
     before = signal.getsignal(signal.SIGINT)  # ignored, where a shell has sent pytest to the back
