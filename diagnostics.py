@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from contrastive import Keys
 from data import Dataset, Prompt
 from envs import Family
 from methods import Method
@@ -67,6 +68,13 @@ def loads(which: str, kept: Tensor, experts: int) -> dict[str, float]:
     return {f"{which}_least": load.min().item(), f"{which}_entropy": entropy, **each}
 
 
+def chance(keys: Keys, rows: int, alike: float = 2) -> float:
+    """Positives over keys of a query of Eq. 7 that knows nothing: of `rows` trajectories, `alike`
+    of each task. Its keys are all other rows, or the other half of the batch.
+    """
+    return alike / rows if keys == "other" else (alike - 1) / max(1, rows - 1)
+
+
 def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
     """What the token expert tells of the modality (bits; log2 3 = 1.58 at most), the loads of the
     experts of both MoEs, and Eq. 7 and its accuracy on new draws beside chance.
@@ -86,8 +94,7 @@ def routing(output: Output, cfg: ModelSettings, rows: int) -> dict[str, float]:
         # one episode (DPT's are mostly), that episode has been a prompt of training too.
         numbers["contrastive_fresh"] = moe.metrics["info_nce"].item()
         numbers["accuracy_fresh"] = moe.metrics["accuracy"].item()
-        # one positive among the keys: all other rows, or the other half of the batch
-        numbers["chance"] = 1 / (rows - 1 if cfg.keys == "all" else rows // 2)
+        numbers["chance"] = chance(cfg.keys, rows)
     return numbers
 
 

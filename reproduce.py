@@ -340,11 +340,13 @@ def reproduce(command: Reproduction) -> None:
             if not say_alone:
                 report(command, results)
         finally:
-            name_missing(failed, say_alone)
+            any_failed = name_missing(failed, say_alone)
+    if any_failed:
+        raise SystemExit(1)
 
 
-def name_missing(failed: dict[str, str], say_alone: bool) -> None:
-    """Say what is not finished, and why. Exits with status 1 where a run has failed."""
+def name_missing(failed: dict[str, str], say_alone: bool) -> bool:
+    """Say what is not finished, and why. Returns whether a run has failed."""
     left = [name for name, why in failed.items() if why == NOT_STARTED]
     if left:
         again = "the same command" + (" without --minutes" if say_alone else "")
@@ -352,8 +354,7 @@ def name_missing(failed: dict[str, str], say_alone: bool) -> None:
     wrong = {name: why for name, why in failed.items() if why != NOT_STARTED}
     for name, why in wrong.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
-    if wrong:
-        raise SystemExit(1)
+    return bool(wrong)
 
 
 def finished_cells(command: Reproduction) -> list[Cell]:

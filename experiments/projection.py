@@ -16,6 +16,7 @@ import collect
 from config import Config
 from data import read_meta
 from evaluate import play
+from experiments.runs import in_a_line
 from support.distributed import resolve_device
 from support.settings import flat
 from tools.measuring import random_dataset
@@ -55,7 +56,7 @@ def project(
         try:
             trial = measure(group[0][1], steps, repeats)
         except Exception as error:  # its run will fail, and be named; the others go on
-            print(f"  {first}{like_it}: no trial ({' '.join(str(error).split()) or repr(error)})")
+            print(f"  {first}{like_it}: no trial ({in_a_line(error)})")
             continue
         own = [seconds_of(cfg, done, trial) for _, cfg, done in group]
         each = " to ".join(dict.fromkeys(map(in_words, (min(own), max(own)))))

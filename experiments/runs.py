@@ -89,7 +89,7 @@ def finished(job: Job) -> bool:
     """Whether there is a record of these settings, and the CSV that it promises, as it was."""
     try:
         record = read_record(job.record)
-        if other_settings(job, record["settings"]) or record["repeats"] != job.repeats:
+        if _unlike(job, record):
             return False
         # another evaluation of the same run writes to the same name
         return record.get("csv_sum") in (None, _sum_of(job.record.parent / record["csv"]))
@@ -120,16 +120,21 @@ def other_settings(job: Job, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _unlike(job: Job, record: dict[str, Any]) -> list[str]:
+    """The same of a record, and of how often it was played."""
+    changed = other_settings(job, record["settings"])
+    if record["repeats"] != job.repeats:
+        changed.append(f"repeats {record['repeats']} -> {job.repeats}")
+    return changed
+
+
 def check_record(job: Job) -> None:
     """Raises ValueError with one line for a finished run of the same name, but other settings."""
     try:
         record = read_record(job.record)
     except ValueError:
         return
-    changed = other_settings(job, record["settings"])
-    if record["repeats"] != job.repeats:  # its CSV would be written over
-        changed.append(f"repeats {record['repeats']} -> {job.repeats}")
-    if changed:
+    if changed := _unlike(job, record):  # its CSV would be written over
         raise ValueError(
             f"{job.record} is of other settings ({', '.join(changed)}), perhaps of an older "
             "preset: name another --results, or move it away"
@@ -158,6 +163,10 @@ def steps_done(job: Job) -> int:
         return 0
     step = lines[-1].partition(b",")[0] if lines else b""  # the first column
     return min(int(step), job.steps) if step.isdigit() else 0
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _collect_one(cfg: Collection, workers: int, cluster: str | None, deadline: f
     except Exception as error:  # also a user's family that breaks: the others go on
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
-        return " ".join(str(error).split()) or type(error).__name__
+        return in_a_line(error)
     return ""
 
 
@@ -218,7 +227,7 @@ def work(job: Job, alive: Callable[[], None]) -> str:
         if not isinstance(error, (ValueError, OSError)):  # a bug: its place is wanted
             with open(job.log, "a") as log:
                 traceback.print_exc(file=log)
-        return " ".join(str(error).split()) or type(error).__name__
+        return in_a_line(error)
     return ""
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diagnostics import chance
 from pictures.curves import pyplot, save
 from pictures.runs import Drawn, LeftOut, Run
 
@@ -50,24 +51,22 @@ def levels(run: Run, rows: list[dict[str, float]]) -> dict[str, tuple[str, float
         found[f"{which}_entropy"] = (f"log2 K of {which} experts", math.log2(k))
     # a batch and fresh draws are of different sizes: another chance, another loss at it
     fresh = next((row["chance"] for row in rows if "chance" in row), 0.0)
-    for ending, loss, of, chance in (
+    for ending, loss, of, share in (
         ("", "info_nce", "in a batch", chance_in_a_batch(run)),
         ("_fresh", "contrastive_fresh", "on fresh draws", fresh),
     ):
-        if chance > 0:  # 0: no task is drawn twice
-            found[f"accuracy{ending}"] = (f"chance {of}", chance)
-            found[loss] = (f"chance {of}", -math.log(chance))
+        if share > 0:  # 0: no task is drawn twice
+            found[f"accuracy{ending}"] = (f"chance {of}", share)
+            found[loss] = (f"chance {of}", -math.log(share))
     return found
 
 
 def chance_in_a_batch(run: Run) -> float:
-    """Positives over keys of a query of Eq. 7, of whose keys it knows nothing; in one process."""
+    """Of a query of Eq. 7 in training, in one process."""
     training = run.method.cfg.training
     # rows of a task: a batch with more tasks than there are begins a new round of them
     alike = max(training.draws, training.batch / len(run.split.train))
-    if run.method.cfg.model.keys == "other":  # half of them
-        return alike / training.batch
-    return (alike - 1) / max(1, training.batch - 1)
+    return chance(run.method.cfg.model.keys, training.batch, alike)
 
 
 def draw_health(runs: list[Run], stem: Path) -> Drawn:
@@ -76,6 +75,7 @@ def draw_health(runs: list[Run], stem: Path) -> Drawn:
     """
     table, plt = [], pyplot()
     logs = [run.log() for run in runs]
+    known = [levels(run, rows) for run, rows in zip(runs, logs, strict=True)]
     panels = {
         title: [[series(rows, name) for name in names] for rows in logs]
         for title, names in HEALTH.items()
@@ -88,16 +88,15 @@ def draw_health(runs: list[Run], stem: Path) -> Drawn:
     figure, axes = plt.subplots(2, wide, figsize=(4.2 * wide, 7), layout="constrained")
     for axis, (title, of) in zip(axes.flat, panels.items(), strict=False):
         keys = {}  # of the legend: a column is a style, a run is a colour
-        for number, (run, rows, here) in enumerate(zip(runs, logs, of, strict=True)):
-            known = levels(run, rows)
+        for number, (run, level_of, here) in enumerate(zip(runs, known, of, strict=True)):
             for name, columns, (style, level) in zip(HEALTH[title], here, STYLES, strict=False):
                 for column, points in columns.items():
                     axis.plot(*zip(*points, strict=True), linestyle=style, color=f"C{number}")
                     keys[name] = key(linestyle=style, color="black", label=name)
                     about = {"run": run.name, "column": column}
                     table += [about | {"step": step, "value": value} for step, value in points]
-                if columns and name in known:
-                    said, value = known[name]
+                if columns and name in level_of:
+                    said, value = level_of[name]
                     about = {"run": run.name, "column": f"{name} at {said}"}
                     table.append(about | {"step": "", "value": value})
                     axis.axhline(value, linestyle=level, color="gray", linewidth=1)

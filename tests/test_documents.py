@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 
+import commands
 import pytest
+from commands import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {
     "Cheetah-Vel": "cheetah-vel",
     "Cheetah-Vel in three clusters": "cheetah-vel-3cluster",
@@ -23,8 +22,8 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 @pytest.fixture(scope="module")
 def table():
     """{(family, backbone, variant): row of table.csv}"""
-    with open(ROOT / "results" / "paper" / "table1" / "table.csv", newline="") as file:
-        return {(r["env"], r["backbone"], r["variant"]): r for r in csv.DictReader(file)}
+    rows = commands.table(ROOT / "results" / "paper" / "table1")
+    return {(r["env"], r["backbone"], r["variant"]): r for r in rows}
 
 
 def cells(line: str) -> list[str]:

@@ -97,7 +97,6 @@ def test_a_damaged_evaluation_is_made_anew_beside_a_run_that_fails(
     (tmp_path / RESULTS / f"{names(argv)[1]}.json").unlink()
     with monkeypatch.context() as patch, at_home():
         patch.setattr(runs, "work", lambda job, alive: "it cannot be")
-        patch.setattr("reproduce.work", lambda job, alive: "it cannot be")
         ended = run("reproduce.py", argv, patch, capsys)
     assert ended.code == 1 and "2 runs, 0 finished" in ended.out
     assert [line.split(": ")[1] for line in ended.err.splitlines() if "failed" in line] == list(
@@ -106,6 +105,22 @@ def test_a_damaged_evaluation_is_made_anew_beside_a_run_that_fails(
     with at_home():
         assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
     assert file.read_bytes() == whole and table(tmp_path / RESULTS) == before
+
+
+def test_failures_are_named_also_where_no_table_can_be_made(tiny, tmp_path, monkeypatch, capsys):
+    """An old record without a checksum promises a CSV that is none."""
+    argv = [*tiny, "--seeds", "0", "1"]
+    with at_home():
+        assert run("reproduce.py", argv, monkeypatch, capsys).code == 0
+    record = tmp_path / RESULTS / f"{names(argv)[0]}.json"
+    rewrite(record, lambda content: content.pop("csv_sum"))
+    (record.parent / read_record(record)["csv"]).write_text("task,episode,return\n")
+    (tmp_path / RESULTS / f"{names(argv)[1]}.json").unlink()
+    with monkeypatch.context() as patch, at_home():
+        patch.setattr(runs, "work", lambda job, alive: "it cannot be")
+        ended = run("reproduce.py", argv, patch, capsys)
+    assert ended.code == 1 and f"failed: {names(argv)[1]}: it cannot be\n" in ended.err
+    assert "is not an evaluation" in ended.err
 
 
 def test_another_evaluation_in_its_place_is_no_finished_run(tiny, tmp_path, monkeypatch, capsys):
